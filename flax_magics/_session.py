@@ -284,13 +284,14 @@ class Session(SessionView, LossMethods):
         name = None if model is None else self._entry(model).name
         return table.of_runs(self._state.runs, self._state.root, last, name, cells or {})
 
-    def replay(self, draw: DrawNumber | str | Run) -> Run:
+    def replay(self, draw: DrawNumber | str | Run, *, step: int | None = None) -> Run:
         """Repeats a draw (its number, `(seed, number)` or `"last"`) or a Run with the same keys, variables and inputs.
 
         It is no new draw and changes nothing. Where an init and an apply shared the draw, the apply's Run is returned;
-        its `agreement` tells whether every bit is the same.
+        its `agreement` tells whether every bit is the same. With `step` it is the Run of the gradients in one step of a
+        training, counted from 0.
         """
-        return self.run_replay(draw)[-1]
+        return self.run_replay(draw, step=step)[-1]
 
     # -- files
 
@@ -357,14 +358,15 @@ class Session(SessionView, LossMethods):
 
     # -- how: one Run each, committed at the end
 
-    def run_replay(self, draw: DrawNumber | str | Run) -> list[Run]:
+    def run_replay(self, draw: DrawNumber | str | Run, *, step: int | None = None) -> list[Run]:
         """`replay` that returns every run of the draw: two where an init and an apply shared it."""
         stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
 
         replaying = Replaying(self._state.models, self.services, self.replay_bytes)
-        return replaying.replay_all(table.find(self._state, draw))
+        found = table.find(self._state, draw)
+        return replaying.replay_all(found) if step is None else [replaying.replay_step(found[-1], step)]
 
     def run_summary(
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: object = None

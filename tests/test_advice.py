@@ -141,6 +141,35 @@ BATCH_INIT = "variables = %flax_init net(x, train=False)"
 ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
 SUM = "def loss(net, x):\n  return net(x).sum()"
+OPTAX = "import optax"
+TRAIN = "%flax_train --optimizer optax.sgd(0.1)"
+ROOTED = "offset = 1.0\ndef loss(net, x):\n  return jnp.sqrt((net(x) ** 2).mean() + offset)"
+OF_IMAGES = "def loss(net, batch):\n  return net(batch['image']).sum()"
+LOADER = """import sys, types
+class DataLoader:
+  multiprocessing_context = None
+  def __init__(self, batches, num_workers):
+    self.batches, self.num_workers = batches, num_workers
+  def __iter__(self):
+    return iter([self.batches])
+sys.modules['torch.utils.data'] = types.SimpleNamespace(DataLoader=DataLoader)
+data = DataLoader(x, num_workers=2)
+"""
+COUNTED = """%%flaxmodel net = Net()
+class Counter(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    calls = self.variable('counts', 'calls', lambda: jnp.zeros(()))
+    calls.value += 1
+    return x
+class Net(nn.Module):
+  def setup(self):
+    self.inner, self.counter = nn.Dense(2), Counter()
+  def __call__(self, x):
+    return self.inner(x)
+  def count(self, x):
+    return self.counter(self.inner(x))
+"""
 CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
 OWN_BATCH = """%%flaxmodel
 from flax import nnx
@@ -470,9 +499,30 @@ SCENARIOS = [
     Scenario("training.loss.transformed", "%flax_grad loss(own, x)", (OWN_BATCH, CHECKPOINT),
              edit=lambda cell, advice: cell.replace("jax.checkpoint(lambda x: net(x))(x)",
                                                     advice.replace("(…)", "(type(net).__call__)(net, x)"))),
-    Scenario("training.grad._of_switch", "%flax_grad loss(net, x)", (FORGOTTEN, SUM),
+    Scenario("training.grad.of_switch", "%flax_grad loss(net, x)", (FORGOTTEN, SUM),
              edit=lambda cell, advice: advice.replace("batch", "x").replace("… net(…", "return net(x") + ".sum()"),
-    Scenario("training.grad._of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
+    Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
+    # -- trainings
+    Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
+    Scenario("training.train.train", "%flax_train --resume --steps 4 loss(net, x)",
+             (NET, ROOTED, OPTAX, f"{TRAIN} --steps 2 loss(net, x);", "offset = jnp.nan"), use="offset = 1.0\n{}"),
+    Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
+             ("optax.sgd(0.1)", "2")),
+    Scenario("training.options.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),
+    Scenario("training.options.completed", f"{TRAIN} loss(net, x)", (NET, SUM, OPTAX)),
+    Scenario("training.options.completed", "%flax_train --steps 2 loss(net, x)", (NET, SUM)),
+    Scenario("training.options.completed", "%flax_train --optimizer 0.1 --steps 2 loss(net, x)", (NET, SUM, OPTAX),
+             ("1e-3",)),
+    Scenario("training.data.check", f"{TRAIN} --steps 2 loss(net, data)", (NET, OF_IMAGES, OPTAX, "data = 3"),
+             ("x", "x"), again=True),
+    Scenario("training.data.check", f"{TRAIN} --steps 2 --batch 2 loss(net, data)", (NET, SUM, OPTAX, "data = [x, x]")),
+    Scenario("training.data.check", f"{TRAIN} --steps 2 loss(net, data)", (NET, SUM, OPTAX, LOADER),
+             edit=put("DataLoader(x, num_workers=2)", gap="x")),
+    Scenario("training.data.dry", f"{TRAIN} --steps 3 loss(net, data)", (NET, SUM, OPTAX, "data = iter([x, x])"),
+             ("[x, x]",), again=True),
+    Scenario("training.step.with_updates", f"{TRAIN} --steps 3 loss(net, x)",
+             (COUNTED, "def loss(net, x):\n  return net.count(x).sum()", OPTAX, "%flax_init net(x);"), ("x",),
+             use="{}", after="%flax_init net.count(x);", again=True),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),

@@ -51,13 +51,11 @@ class TrainLines:
         curves = [run.trained for run in command.runs if run.trained is not None]
         self.curve: Curve = curves[-1]
         self.task = self.curve.task
-        counts = {(len(curve.losses), curve.epoch, curve.group, curve.task) for curve in curves}
+        counts = {(len(curve.losses), curve.epoch, curve.task) for curve in curves}
         if len(counts) > 1 or (command.site.path and self.task.parts):
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
-        if self.curve.group > 1:
-            raise CannotSay("several steps in one program have no lines yet")
         self.loss, self.after_net = taken_apart(command)
         self.cut = bool(shuffled(command.runs[-1]))
         self.streams = (*self.facts.streams, *shuffled(command.runs[-1]))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.curve import Curve
 from ..base.digest import Agreement, with_digest, with_output
 from ..base.measures import Timing
 from ..base.text import bytes_
@@ -25,22 +27,23 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
-from ..models.base import Model, ModelRecord
 from ..models.construction import adopt_built
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
-from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, objects_in
+from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, TrainRecipe, objects_in
 from ..state.runs import StoredRun
+from ..training.repeat import Again, check_step
 
 
 class Repeat(NamedTuple):
-    """The result of running once more: output, sown values, the program's origin, times, and remarks for the user."""
+    """The result of running once more: output, sown values, the program's origin, times, remarks, a training's curve."""
 
     output: PyTree
     sown: Mapping[str, PyTree]
     program: str
     timing: Timing
     said: tuple[str, ...] = ()
+    trained: Curve | None = None
 
 
 class Replaying(Struct, frozen=True):
@@ -79,6 +82,10 @@ class Replaying(Struct, frozen=True):
         elif digest is not None:
             # The output is gone, but its digest was taken while it was there.
             agreement = with_digest(digest, repeat.output)
+        elif repeat.trained is not None and stored.facts.trained is not None:
+            # Later steps have other variables; the losses are kept for good.
+            before, now = ((curve.losses, dict(curve.metrics)) for curve in (stored.facts.trained, repeat.trained))
+            agreement = replace(with_output(before, now), against="losses")
         else:
             agreement = Agreement(None)
         news = {"output": repeat.output, "sown": repeat.sown, "program": repeat.program, "timing": repeat.timing}
@@ -86,6 +93,7 @@ class Replaying(Struct, frozen=True):
         return like(
             stored.run(),
             **{**unset, **news, "changed": {}, "replayed": True, "first": False, "registered": "", "started": started},
+            trained=repeat.trained,
             inputs=RELEASED if stored.inputs is None else jax.tree_util.tree_unflatten(*stored.inputs),
             agreement=replace(agreement, said=repeat.said),
         )
@@ -95,27 +103,16 @@ class Replaying(Struct, frozen=True):
         # A key was only drawn: nothing has to be run.
         if not COMMANDS[facts.command].model:
             return Repeat(facts.keys[facts.call], {}, "", Timing())
-        what = f"draw {facts.draw} of seed {facts.seed}"
-        if facts.elsewhere is not None:
-            again = "" if facts.kind.loss else " With inputs of its own a run takes the same keys."
-            raise FlaxMagicsError(
-                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
-                f"{again}",
-                form=None if facts.kind.loss else _same_keys(facts),
-            )
-        if origin is None or stored.inputs is None:
-            raise FlaxMagicsError(
-                f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
-                f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
-                write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
-            )
-        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*stored.inputs[1], *origin.leaves)):
-            raise FlaxMagicsError(
-                f"{what} cannot be run again: an array that it used was deleted or donated since, and its values are gone."
-            )
+        self._check(stored)
+        assert origin is not None
+        assert stored.inputs is not None
         how = origin.how
         if isinstance(how, BuildRecipe):
             return self._build(how, facts.keys)
+        if isinstance(how, TrainRecipe):
+            run = Again(stored, self.models, self.services, facts.steps).run
+            said = (*self._edited(how), *_of_data(facts))
+            return Repeat(run.output, {}, run.program, run.timing, said, run.trained)
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
         call = Call(how.method, args, kwargs, facts.call)
         # Only runs of a file and constructions have other keys, and both are dealt with above.
@@ -136,15 +133,36 @@ class Replaying(Struct, frozen=True):
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
 
+    def _check(self, stored: StoredRun) -> None:
+        """Raises FlaxMagicsError where something is gone that a run needs to be run again."""
+        facts, origin = stored.facts, stored.origin
+        what = f"draw {facts.draw} of seed {facts.seed}"
+        if facts.elsewhere is not None:
+            again = "" if facts.kind.loss else " With inputs of its own a run takes the same keys."
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
+                f"{again}",
+                form=None if facts.kind.loss else _same_keys(facts),
+            )
+        if facts.kind.trains and origin is None and not stored.size:
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: what it began with was never kept. That may be an iterator, a session in a"
+                f" file, or more than {bytes_(self.limit)}."
+            )
+        if origin is None or stored.inputs is None:
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
+                f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
+                write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
+            )
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*stored.inputs[1], *origin.leaves)):
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: an array that it used was deleted or donated since, and its values are gone."
+            )
+
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """Runs it with a program that is compiled again, from the model as it was."""
-        record: Any = how.entry.model
-        if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
-            model: Model = adopt_built(record.skeleton.rebuild(variables), record.written)
-            model = model if record.around is None else record.around(model)
-            entry = replace(how.entry, model=model, rebuild_next=False)
-        else:
-            entry = replace(how.entry, variables=variables)
+        entry = how.entry.with_arrays(variables)
         options = how.options._replace(keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         # `--key` adds these to the call again.
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
@@ -183,7 +201,26 @@ class Replaying(Struct, frozen=True):
         jax.block_until_ready(state)
         return Repeat(state, {}, "eager", Timing(init=self.services.clock() - begin), said)
 
-    def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
+    def replay_step(self, stored: StoredRun, step: int) -> Run:
+        """Repeats a training up to a step, and takes the gradients in that one. Returns their Run, with its `agreement`.
+
+        Args:
+          step: its number, from 0 on.
+
+        Raises:
+          FlaxMagicsError: there is no such step, or what it needs is gone. What the loss raises is passed on.
+        """
+        facts = stored.facts
+        check_step(facts, step)
+        self._check(stored)
+        again = Again(stored, self.models, self.services, step)
+        run = again.gradients()
+        assert facts.trained is not None
+        was, now = facts.trained.losses[step], np.asarray(run.output.loss).astype(np.float32)[()]
+        agreement = replace(with_output(was, now), against="losses", said=_of_data(facts))
+        return like(run, replayed=True, first=False, cell=None, agreement=agreement)
+
+    def _edited(self, how: ApplyRecipe | InitRecipe | TrainRecipe) -> tuple[str, ...]:
         """A remark if the registered model is not the one that ran: edited since, or no longer there."""
         entry, current = how.entry, self.models.get(how.entry.name)
         if current is not None and current.still(entry):
@@ -203,6 +240,13 @@ SETTINGS = (
     "Flax is set otherwise than it was: its flags, its interceptors or the like",
 )
 """Remarks for JAX settings and for Flax settings that changed since, in the order of `compiler.settings`."""
+
+
+def _of_data(facts: Run) -> tuple[str, ...]:
+    """A remark on data that may be others each time that a training goes through them."""
+    if facts.trained is None or facts.trained.task.arrays:
+        return ()
+    return ("its data are an iterable: whether it gives the same batches again cannot be told",)
 
 
 def _of_inputs(how: ApplyRecipe, treedef: object, leaves: list[Leaf]) -> tuple[str, ...]:

@@ -328,8 +328,13 @@ FLAX_REPLAY = Command(
     "which leaves differ and by how much. Moves nothing: the root key, variables, models and the draws stay as they are. "
     "Gives the Run.\n\n"
     "What it runs is the model as it was, also after an edit. Inputs and overwritten variables are kept up to "
-    "FlaxMagics.replay_bytes, the oldest let go first; what is gone is said.",
-    (BIND, Option("--quiet", "show nothing; the Run is the value", short="-q")),
+    "FlaxMagics.replay_bytes, the oldest let go first; what is gone is said. A training is repeated with all its steps; "
+    "--step repeats it up to one step, and shows the gradients of that.",
+    (
+        Option("--step", "the gradients in one step of a training, counted from 0", "K", type=int, least=0),
+        BIND,
+        Option("--quiet", "show nothing; the Run is the value", short="-q"),
+    ),
     ("%flax_replay 1", "run = %flax_replay last"),
     takes="draw",
 )

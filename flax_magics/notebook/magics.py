@@ -370,17 +370,19 @@ class FlaxMagics(Magics):
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
         from ..history.table import notice_of
-        from ..report.html import notice_bundle
+        from ..report.html import bundle, notice_bundle
 
         draw = use.replay_of()
         with self.notebook.working("preparing") as live:
-            runs = self.session.run_replay(draw)
+            runs = self.session.run_replay(draw, step=use["step"])
         if use["out"]:
             use.user_ns[use["out"]] = runs[-1]
         # The first report replaces the live line, further ones come below.
         live.show({} if use["quiet"] else notice_bundle(notice_of(runs[0]), self.style))
         for run in runs[1:]:
             self.tell(notice_of(run), use)
+        if use["step"] is not None:
+            self.publish(bundle(runs[-1], "normal", self.style), use)
         return use.value_once(runs[-1])
 
     @command(FLAX_SAVE)

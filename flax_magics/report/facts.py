@@ -161,7 +161,11 @@ def verdict(run: Run) -> str:
         return "nothing to compare with"
     if not agreement.identical:
         return "differs"
+    if agreement.against == "losses":
+        return "identical: every loss" if run.kind.trains else "identical: its loss"
     how = ", by its digest" if agreement.against == "digest" else ""
+    if run.kind.trains:
+        return f"identical{how}: weights after {plural(run.steps, 'step')}"
     return f"identical{how}: {'loss and gradients' if run.kind.loss else cut(clean(run.shape), 40)}"
 
 

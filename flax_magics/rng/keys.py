@@ -129,6 +129,24 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return {}
 
 
+class StepDraw(Draw, frozen=True, dict=True):
+    """A draw whose keys are those of one step of a training: folded with the number of the step, which counts from 0."""
+
+    step: int = 0
+
+    @classmethod
+    def of(cls, draw: Draw, step: int) -> StepDraw:
+        """The keys that `draw` has in that step."""
+        return cls(draw.seed, draw.number, draw.root, draw.impl, step)
+
+    def data(self, name: str, *, taken: bool = False) -> bytes:
+        """See `Draw.data`."""
+        key = super().data(name, taken=taken)
+        if is_on_host(self.impl):
+            return threefry(key, (self.step,))[0]
+        return np.asarray(_on_data(jax.random.fold_in, self.impl)(_words(key), np.uint32(self.step))).tobytes()
+
+
 class DrawBatch(Struct, frozen=True, dict=True):
     """Several consecutive draws for one run that is mapped over their keys. Keys get a leading axis of `size`.
 

@@ -19,8 +19,8 @@ from ..compile.initialise import InitRecord
 from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
-from ..models.construction import BuiltBySession, Construction
-from .training import Optimizer, Training
+from ..models.construction import BuiltBySession, Construction, adopt_built
+from .training import Optimizer, Training, TrainOptions
 from .weights import COPIES, Collections, WeightSource, Written, check_alive, check_collections, check_state, is_gone
 
 
@@ -190,6 +190,10 @@ class LinenEntry(AnyEntry, frozen=True):
         """The entry without arrays; see `AnyModel.without_arrays`."""
         return replace(super().without_variables(), variables=None, init=None)
 
+    def with_arrays(self, variables: Collections | None) -> LinenEntry:
+        """The inverse of `without_variables`."""
+        return replace(self, variables=variables)
+
 
 class NnxEntry(AnyEntry, frozen=True):
     """An NNX module, which holds its own variables.
@@ -239,6 +243,12 @@ class NnxEntry(AnyEntry, frozen=True):
     def without_variables(self) -> Self:
         """The entry without arrays; see `AnyModel.without_arrays`."""
         return replace(super().without_variables(), built=None)
+
+    def with_arrays(self, variables: Collections | None) -> NnxEntry:
+        """The inverse of `without_variables`: of a module of its own, which holds `variables`."""
+        record: Any = self.model
+        model = adopt_built(record.skeleton.rebuild(variables), record.written)
+        return replace(self, model=model if record.around is None else record.around(model), rebuild_next=False)
 
 
 ModelEntry = LinenEntry | NnxEntry
@@ -323,10 +333,33 @@ class BuildRecipe(Struct, frozen=True, eq=False):
     pinned: tuple[Leaf, ...] = ()
 
 
+class TrainRecipe(Struct, frozen=True, eq=False):
+    """What a replay of a training needs.
+
+    Attributes:
+      entry: as in `ApplyRecipe`.
+      function, loss: the loss, and how it is written.
+      options: as they were completed, without the `--eval` data.
+      call: the text of the call.
+      taken: the draw's `params` key had gone into variables before.
+      structure: treedef of the variables that it began with; None where it initialised them.
+      pinned: as in `ApplyRecipe`.
+    """
+
+    entry: ModelEntry
+    function: Any
+    loss: str
+    options: TrainOptions
+    call: str
+    taken: bool
+    structure: jax.tree_util.PyTreeDef | None
+    pinned: tuple[Leaf, ...] = ()
+
+
 class Origin(Struct, eq=False):
     """What a replay of one run needs besides keys and inputs: its recipe, and leaves of the variables that it had."""
 
-    how: ApplyRecipe | InitRecipe | BuildRecipe
+    how: ApplyRecipe | InitRecipe | BuildRecipe | TrainRecipe
     leaves: list[Leaf]
 
     @property

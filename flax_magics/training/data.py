@@ -17,6 +17,8 @@ from ..base.digest import kind_of
 from ..base.text import plural
 from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError, written
+from ..line.call import plain_name
+from ..line.expression import without_option
 from ..models.calls import is_traced
 
 AHEAD = 2
@@ -168,7 +170,7 @@ class BatchData:
         wanted = "" if total is None else f" of {total}"
         return FlaxMagicsError(
             f"`{self._text}` has run dry after {plural(step, 'step')}{wanted}: an iterator can be gone through only once.",
-            form=f"{self._text} = list(…), or an object whose __iter__ begins anew",
+            form=f"{plain_name(self._text, 'batches')} = list(…)",
         )
 
     def close(self) -> None:
@@ -233,9 +235,11 @@ Data = ArrayData | BatchData
 
 def is_arrays(data: object) -> bool:
     """Whether data are arrays with a leading axis, and not an iterable of batches."""
+    # Before it is flattened: JAX warns of an iterator that is a leaf.
+    if not hasattr(data, "dtype") and not isinstance(data, (Mapping, tuple)):
+        return False
     leaves = jax.tree_util.tree_leaves(data)
-    plain = hasattr(data, "dtype") or isinstance(data, (Mapping, tuple))
-    return plain and bool(leaves) and all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves)
+    return bool(leaves) and all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves)
 
 
 def check(text: str, data: object, batch: int | None, line: str) -> None:
@@ -255,11 +259,9 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
     iterable = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
     if not iterable or isinstance(data, (str, bytes, Mapping)):
         message = f"`{text}` is {kind_of(data)}: data are a dict or tuple of arrays, or an iterable of batches."
-        raise FlaxMagicsError(message, form="{'image': images, 'label': labels}")
+        raise FlaxMagicsError(message, form=f"{plain_name(text, 'data')} = {{'image': …, 'label': …}}")
     if batch is not None:
         message = f"`{text}` gives batches of its own: --batch cuts arrays."
-        from ..line.expression import without_option
-
         raise FlaxMagicsError(message, **written(without_option(line, "--batch", "[0-9]+")))
     torch = sys.modules.get("torch.utils.data")
     if torch is not None and isinstance(data, torch.DataLoader) and data.num_workers > 0:
@@ -269,7 +271,8 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
             raise FlaxMagicsError(
                 f"`{text}` forks {plural(data.num_workers, 'worker')}, and a fork of a process in which JAX runs may"
                 " wait for ever.",
-                edit="DataLoader(…, num_workers=0), or multiprocessing_context='forkserver'",
+                hint="multiprocessing_context='forkserver' starts them otherwise",
+                edit="DataLoader(…, num_workers=0)",
             )
 
 

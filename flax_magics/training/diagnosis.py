@@ -9,12 +9,13 @@ from __future__ import annotations
 import linecache
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr
 from msgspec.structs import replace
 
 from ..base.measures import LayerGradient
@@ -24,7 +25,7 @@ from ..base.types import HostArray, Leaf, PyTree
 from ..code.library import library_file
 from ..compile.cache import Program
 from ..compile.jaxpr import Atom, Equation
-from ..compile.trace import TracedCall, TraceRequest, trace_call
+from ..compile.trace import TracedCall, TraceRequest, inputs_of, trace_call
 from ..execution.execute import Execution
 from ..models.calls import Calls, Kwargs, Path
 from ..rng.keys import Words
@@ -251,18 +252,41 @@ class Evaluated:
         return found
 
     def _unused(self) -> set[Path]:
-        """The modules on whose parameters the loss does not depend."""
+        """The modules on whose variables the loss does not depend."""
         jaxpr = self.top.jaxpr
-        needed = {id(var) for name, var in zip(self.fields, jaxpr.outvars, strict=True) if name == "loss"}
-        for equation in reversed(jaxpr.eqns):
-            if any(id(var) in needed for var in equation.outvars):
-                needed.update(map(id, equation.invars))
-        unused: dict[Path, bool] = {}
-        for var, name in zip(jaxpr.invars, self.names, strict=True):
-            if name.startswith(VARIABLE):
-                path = tuple(name.removeprefix(VARIABLE).rstrip("`").split("/"))[1:-1]
-                unused[path] = unused.get(path, True) and id(var) not in needed
-        return {path for path, is_unused in unused.items() if is_unused}
+        return unread(
+            jaxpr, [var for name, var in zip(self.fields, jaxpr.outvars, strict=True) if name == "loss"], self.names
+        )
+
+
+def unread(jaxpr: Jaxpr, outputs: Sequence[Atom], names: Sequence[str]) -> set[Path]:
+    """The modules on whose variables some `outputs` do not depend; `names` are those of the inputs."""
+    needed = set(map(id, outputs))
+    for equation in reversed(jaxpr.eqns):
+        if any(id(var) in needed for var in equation.outvars):
+            needed.update(map(id, equation.invars))
+    unused: dict[Path, bool] = {}
+    for var, name in zip(jaxpr.invars, names, strict=True):
+        if name.startswith(VARIABLE):
+            path = tuple(name.removeprefix(VARIABLE).rstrip("`").split("/"))[1:-1]
+            unused[path] = unused.get(path, True) and id(var) not in needed
+    return {path for path, is_unused in unused.items() if is_unused}
+
+
+def notes_of_unused(traced: TracedCall[None], kinds: Collection[str], frozen: Collection[Path]) -> Iterator[Note]:
+    """Notes on modules whose parameters the loss never uses, so that a training leaves them as they are.
+
+    Args:
+      traced: the loss alone.
+      kinds: the collections that have parameters.
+      frozen: modules of which some are frozen.
+    """
+    request, jaxpr = traced.request, traced.traced.jaxpr.jaxpr
+    paths, _ = jax.tree_util.tree_flatten_with_path(inputs_of(request, traced.needs))
+    names = [_named(path) for path, _ in paths]
+    of_parameters = [name if name.removeprefix(VARIABLE).partition("/")[0] in kinds else "" for name in names]
+    for path in sorted(unread(jaxpr, jaxpr.outvars[:1], of_parameters) - set(frozen)):
+        yield Note("gradient", f"{_name(path)} has no gradient: the loss does not depend on it")
 
 
 def _name(path: Path) -> str:

@@ -116,7 +116,15 @@ class leaks_told(Record, contextlib.AbstractContextManager["leaks_told"]):
 
 
 def grad_model(
-    state: State, entry: ModelEntry, loss: Loss, call: Call, services: Services, *, mode: str, said: tuple[Note, ...]
+    state: State,
+    entry: ModelEntry,
+    loss: Loss,
+    call: Call,
+    services: Services,
+    *,
+    mode: str,
+    said: tuple[Note, ...],
+    again: tuple[Draw, bool] | None = None,
 ) -> record.Outcome:
     """Runs a loss and takes its gradients.
 
@@ -125,12 +133,13 @@ def grad_model(
       call: its arguments are those after the net.
       mode: `train` or `eval`.
       said: notes from finding the entry.
+      again: see `LossCall.of`.
 
     Raises:
       FlaxMagicsError: a mistake in the call or in the loss. What the loss raises is passed on.
     """
     started, users_entry, name = time.time(), entry, entry.name
-    ready = LossCall.of(state, entry, loss, call, services, mode=mode, said=said)
+    ready = LossCall.of(state, entry, loss, call, services, mode=mode, said=said, again=again)
     entry, loss, draw, anew = ready.entry, ready.loss, ready.request.draw.first, ready.anew
     with leaks_told(loss.name):
         execution = execute(ready.request)

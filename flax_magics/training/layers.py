@@ -20,6 +20,12 @@ def parameter_paths(loss: Loss, variables: Variables) -> Iterator[Path]:
     return (path for path, _ in _parameters(loss, variables))
 
 
+def frozen_modules(loss: Loss, variables: Variables) -> set[Path]:
+    """The modules of which some parameters are frozen."""
+    trained = {path for path, _ in loss.rows(loss.as_users(loss.parameters(variables)))}
+    return {path[:-1] for path in parameter_paths(loss, variables) if path not in trained}
+
+
 def _parameters(loss: Loss, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
     kinds = loss.trainable()
     own = {name: tree for name, tree in variables.items() if name in kinds}

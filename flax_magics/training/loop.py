@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -189,6 +190,7 @@ class Loop:
           NotFinite: of a step, which is not taken.
           KeyboardInterrupt: after those steps that were under way, or after `PATIENCE`.
         """
+        self._since = time.perf_counter()
         try:
             self._run(interrupts, look, on_step)
         except NotFinite:
@@ -200,7 +202,6 @@ class Loop:
         finally:
             self._seconds += time.perf_counter() - self._since
             self._since = time.perf_counter()
-            self._data.close()
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
         schedule, pending, ahead = self._schedule, self._pending, self.state
@@ -227,26 +228,31 @@ class Loop:
             if not ends and not waits:
                 batch = self._take(interrupts, following)
                 if batch is not None:
-                    begin = time.perf_counter()
-                    with interrupts.opened():
+                    with interrupts.opened(), self._left_out():
                         program = self._program_of(batch)
-                    self._since += time.perf_counter() - begin  # compiling is no time of the steps
                     dispatched = Dispatched(program(ahead, following, batch), batch)
                     ahead = dispatched.result.state
                     pending.append(dispatched)
                 continue
             self._wait(interrupts)
             self._settle()
-            begin = time.perf_counter()
-            self._groups.count(self.step, schedule.total)
-            self._since += time.perf_counter() - begin
+            with self._left_out():
+                self._groups.count(self.step, schedule.total)
             on_step()
+
+    @contextlib.contextmanager
+    def _left_out(self) -> Iterator[None]:
+        """A block in which something is compiled, whose time is none of the steps."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
         groups, until = self._groups, self._schedule.next_look(following)
         steps = groups.size if groups.size > 1 and groups.begins_at(following, until) else 1
-        with interrupts.opened():
+        # The first shuffle of a size is compiled.
+        with interrupts.opened(), self._left_out() if following == 0 else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if batch is None:
             self._epoch += 1

@@ -14,6 +14,7 @@ from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.call import Call, as_names
 from ..execution.surroundings import stand_outside
+from ..run import RELEASED
 from ..state.handles import entry_of
 from ..state.runs import RunLog, StoredRun, backwards, with_newer
 from ..state.training import Optimizer, Training, TrainOptions
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from ..models.calls import Function
     from ..run import Note, Run
     from ..state.entry import ModelEntry
+    from ..state.runs import ReplayBudget
     from ..state.state import State
+    from .repeat import Beginning
     from .train import Progress
 
 
@@ -37,6 +40,7 @@ class LossMethods:
     services: Services
     autosaving: Any
     _committing: threading.Lock
+    _keeping: ReplayBudget
     _check: Callable[[State], None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
     _commit: Callable[[State, Outcome], None]
@@ -140,6 +144,7 @@ class LossMethods:
         """`train` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
         line = f"{call.command} {call.text}"
         stand_outside(surroundings.of_state, line, line)
+        from .repeat import beginning_of
         from .train import train_model
 
         check(function, call.text, call.command)
@@ -149,7 +154,8 @@ class LossMethods:
             entry.model.has_same_layout()
             freeze = options.freeze if entry.training is None or not options.resume else entry.training.freeze
             loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
-            commit = Committing(self, state)
+            begun = None if options.resume else beginning_of(state, entry, loss, call, options, self._keeping.limit)
+            commit = Committing(self, state, begun)
             said = (*more, *notes)
             return train_model(state, entry, loss, call, options, services=self.services, said=said, commit=commit)
 
@@ -186,10 +192,11 @@ class Committing:
 
     Args:
       before: the session's state from which the training was worked out.
+      begun: how it began, for replays; None where that is not kept, and for one that was resumed.
     """
 
-    def __init__(self, session: LossMethods, before: State) -> None:
-        self._session, self._before = session, before
+    def __init__(self, session: LossMethods, before: State, begun: Beginning | None) -> None:
+        self._session, self._before, self._begun = session, before, begun
         self._last: Progress | None = None
         self._stored: StoredRun | None = None
 
@@ -201,7 +208,9 @@ class Committing:
           FlaxMagicsError: after it: another thread has given the net other variables.
         """
         session, run, entry = self._session, progress.run, progress.entry
-        stored = StoredRun(run)
+        if self._last is None and progress.resumed:
+            self._begun = self._resumed(run)
+        stored = StoredRun(run) if self._begun is None else StoredRun(run, *self._begun)
         with uninterrupted(), session._committing:
             state = session._state
             if self._last is None:
@@ -217,6 +226,9 @@ class Committing:
                 progress.write()
             at_once(((object.__setattr__, session, "_state", state),))
         self._last, self._stored = progress, stored
+        if run.output is not RELEASED and stored.origin is not None:  # the last commit
+            session._keeping.noted.append(stored)
+            session._keeping.look(stored.size)
         if session.autosaving is not None:
             session.autosaving.after(stored.facts, state)
 
@@ -228,8 +240,25 @@ class Committing:
         if not progress.resumed:
             return state.after(stored, draw, progress.entry, None)
         state = state.with_variables(progress.entry)
-        for earlier in backwards(state.runs):
-            facts = earlier.facts
-            if facts.kind.trains and (facts.seed, facts.draw, facts.model) == (run.seed, run.draw, run.model):
-                return replace(state, opened=None, runs=with_newer(state.runs, earlier, stored))
+        earlier = _earlier(state.runs, run)
+        if earlier is not None:
+            return replace(state, opened=None, runs=with_newer(state.runs, earlier, stored))
         return replace(state, opened=None, runs=RunLog.add(state.runs, stored))
+
+    def _resumed(self, run: Run) -> Beginning | None:
+        """How the training began that is resumed, as long as that is kept."""
+        from .repeat import Beginning
+
+        earlier = _earlier(self._session._state.runs, run)
+        if earlier is None or earlier.origin is None or earlier.inputs is None:
+            return None
+        return Beginning(earlier.origin, earlier.size, earlier.inputs)
+
+
+def _earlier(runs: RunLog | None, run: Run) -> StoredRun | None:
+    """The run that a resumed training takes the place of."""
+    for earlier in backwards(runs):
+        facts = earlier.facts
+        if facts.kind.trains and (facts.seed, facts.draw, facts.model) == (run.seed, run.draw, run.model):
+            return earlier
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import cast
 
 import jax
@@ -24,7 +24,8 @@ from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
-from ..execution.execute import RunVariables, held_variables, plain_errors
+from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
+from ..models.base import MissingVariables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, Note, Run
@@ -32,10 +33,10 @@ from ..state.entry import ModelEntry, NnxEntry, by_kind
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
-from . import by_hand
+from . import by_hand, layers
 from . import data as training_data
 from .data import ArrayData, BatchData, Data
-from .diagnosis import ROWS, why_of_step
+from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
@@ -104,21 +105,17 @@ def train_model(
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
     text = data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
-    data: Data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
+    data: Data
     if training_data.is_arrays(call.args[0]):
         data = ArrayData(text, call.args[0], options.batch)
-    with plain_errors(call), leaks_told(loss.name):
-        ready = LossCall.of(
-            state,
-            entry,
-            loss,
-            replace(call, args=(data.first, *call.args[1:])),
-            services,
-            mode="train",
-            said=said,
-            again=None if resumed is None else (resumed.draw, resumed.taken),
-        )
-        return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
+    else:
+        data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
+    with closing(data):
+        of_batch = replace(call, args=(data.first, *call.args[1:]))
+        again = None if resumed is None else (resumed.draw, resumed.taken)
+        with plain_errors(of_batch), leaks_told(loss.name):
+            ready = LossCall.of(state, entry, loss, of_batch, services, mode="train", said=said, again=again)
+            return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
 
 
 class Trainer:
@@ -169,8 +166,11 @@ class Trainer:
         with self.timed("trace"):
             request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
-            # A method may need variables that the first init did not make; what the loss sows is not passed in.
-            self.traced: TracedCall[None] = trace_call(request)
+            try:
+                self.traced: TracedCall[None] = trace_call(request)
+            except MissingVariables as error:  # a method needs some that the first init did not make
+                variables = with_added(self.request, variables, error)
+                self.traced = trace_call(replace(request, variables=variables.values))
         self.variables = variables
         options, optimizer = self.options, self.options.optimizer
         assert optimizer is not None
@@ -247,6 +247,8 @@ class Trainer:
             found.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
+        frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
+        found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None and not self.data.exact:
             text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
@@ -396,7 +398,8 @@ class Trainer:
             model=self.name,
             mode="train",
             call=bound.call.text,
-            inputs=(self.call.args, bound.kwargs),
+            # An iterable is no tree of arrays: its first batch stands for it.
+            inputs=(self.call.args if isinstance(self.data, ArrayData) else self.request.call.args, bound.kwargs),
             output=output,
             seed=self.draw.seed,
             draw=self.draw.number,

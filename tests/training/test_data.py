@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
+import time
 import types
 from typing import Any
 
@@ -188,3 +190,21 @@ def test_a_look_weighs_each_batch_by_its_examples():
     ]
     run = session.train(counted, "net", {"x": X, "y": Y}, batch=4, epochs=2, eval=batches(1, 5))
     assert [(look.step, look.loss) for look in run.eval] == [(2, 26 / 6), (4, 26 / 6)]
+
+
+def test_the_thread_that_fetches_ends_with_the_training():
+    def fetching() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "flax_magics data"]
+
+    class Endless:
+        def __iter__(self) -> Any:
+            while True:
+                yield batches(2)[0]
+
+    trained(Endless(), steps=3)
+    with pytest.raises(FlaxMagicsError):
+        session_of(nn.Dense(1)).train(lambda net, batch: net(batch["x"]), "net", Endless(), optimizer=SGD, steps=3)
+    until = time.perf_counter() + 5
+    while fetching() and time.perf_counter() < until:
+        time.sleep(0.02)
+    assert fetching() == []

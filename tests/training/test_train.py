@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from sessions import session_of
 
 from flax_magics import FlaxMagicsError
 from flax_magics.base.text import plural
+from flax_magics.training import train
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -429,3 +432,81 @@ def test_an_nnx_module_of_the_session_is_trained_in_place():
     after = session.train(nnx_loss, "net", DATA, resume=True)
     assert bits(after.losses) == bits(expected.losses)
     assert bits(nnx.state(module)) == bits(nnx.state(whole.models["net"].module))
+
+
+class Halved(nn.Module):
+    """One layer is called for nothing."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        nn.Dense(4, name="spare")(x)
+        return nn.Dropout(0.5, deterministic=True)(nn.Dense(3)(x))
+
+
+def test_sharp_bits_of_the_whole_run_are_said_once():
+    session, line = session_of(Halved()), inspect.getsourcelines(Halved)[1] + 6
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.0), steps=60, freeze=["spare", "Dense_1"])
+    assert [note.text for note in run.notes] == [
+        f"Dropout_0 is off although --train was asked: deterministic=True is fixed in Halved (line {line})",
+        "--freeze Dense_1 matches no parameter of net: nothing is frozen by it",
+        "the loss has not moved in the last 50 steps",
+    ]
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert run.notes[1].text == "spare has no gradient: the loss does not depend on it"
+
+
+def test_what_is_under_way_is_shown_and_committed(monkeypatch):
+    session = session_of(Dense())
+    shown = []
+    session.services.on_progress = lambda run: shown.append((run, session.runs[-1].steps))
+    monkeypatch.setattr(train, "SHOWN", 0.0)
+    monkeypatch.setattr(train, "OFTEN", 0.0)
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=5)
+    assert [(each.steps, committed) for each, committed in shown] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
+    assert {(each.draw, each.digest, each.trained.total) for each, _ in shown} == {(1, None, 5)}
+    assert (len(session.runs), session.draws, run.digest is None) == (1, 1, False)
+
+
+def test_another_thread_that_changes_the_net_ends_the_training(monkeypatch):
+    session = session_of(Dense())
+    monkeypatch.setattr(train, "SHOWN", 0.0)
+    monkeypatch.setattr(train, "OFTEN", 0.0)
+
+    def change() -> None:
+        session.models["net"].variables = jax.tree_util.tree_map(jnp.zeros_like, session.models["net"].variables)
+
+    def on_progress(run: Any) -> None:
+        if run.steps == 2:
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join()
+
+    session.services.on_progress = on_progress
+    with pytest.raises(FlaxMagicsError, match="`net` was changed by another thread while it was trained"):
+        session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=5)
+    assert session.runs[-1].steps == 2
+    assert session._state.models["net"].training is None
+
+
+def test_variables_that_the_first_init_did_not_make_are_added():
+    class Two(nn.Module):
+        def setup(self) -> None:
+            self.first, self.last = nn.Dense(4), nn.Dense(3)
+
+        def __call__(self, x: Any) -> Any:
+            return self.first(x)
+
+        def classify(self, x: Any) -> Any:
+            return self.last(self.first(x))
+
+    session = session_of(Two())
+    session.init("net", DATA["x"])
+    run = session.train(
+        lambda net, batch: cross_entropy(net.classify(batch["x"]), batch["y"]),
+        *("net", DATA),
+        optimizer=optax.sgd(0.1),
+        steps=2,
+    )
+    assert run.made is not None
+    assert run.made.added
+    assert sorted(session.models["net"].variables["params"]) == ["first", "last"]

@@ -1,0 +1,152 @@
+"""Trainings once more: what the session keeps of their beginning, and the same steps from there on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from msgspec.structs import replace
+
+from ..base.digest import bytes_of, own
+from ..base.types import PyTree
+from ..compile.cache import Services
+from ..errors import FlaxMagicsError
+from ..execution.call import Call
+from ..rng.keys import Draw, RootKey, RunKeys, StepDraw
+from ..run import Run
+from ..state.entry import ModelEntry, Origin, TrainRecipe
+from ..state.runs import Inputs, StoredRun
+from ..state.state import State
+from ..state.training import TrainOptions
+from . import data as training_data
+from .data import ArrayData, BatchData, Data
+from .grad import LossCall, grad_model
+from .loss import METHOD, Loss
+from .nets import loss_of
+from .options import data_text
+from .train import Progress, Trainer
+
+
+class Beginning(NamedTuple):
+    """What a `StoredRun` keeps of a training; `size` in bytes."""
+
+    origin: Origin
+    size: int
+    inputs: Inputs
+
+
+def beginning_of(
+    state: State, entry: ModelEntry, loss: Loss, call: Call, options: TrainOptions, limit: int
+) -> Beginning | None:
+    """The beginning of a new training; None where it would hold more than `limit` bytes, or cannot be begun again.
+
+    Args:
+      call: its arguments are those after the net.
+    """
+    data = call.args[0] if call.args else None
+    # An iterator is gone through once; a module that is built anew has its first variables only then.
+    if entry.rebuild_next or (hasattr(data, "__next__") and not hasattr(data, "__len__")):
+        return None
+    held, opened = entry.held, state.opened
+    taken = opened is not None and opened[0] == entry.name and entry.ready
+    leaves, structure = ([], None) if held is None else jax.tree_util.tree_flatten(held)
+    inputs, treedef = jax.tree_util.tree_flatten((call.args, call.kwargs))
+    pinned = entry.model.other_arrays()
+    size = sum(map(bytes_of, (*leaves, *inputs, *pinned)))
+    if size > limit:
+        return None
+    options = replace(options, optimizer=options.optimizer or entry.optimizer, eval=None)
+    kept = entry.without_variables()
+    recipe = TrainRecipe(kept, loss.function, loss.name, options, call.text, taken, structure, pinned)
+    return Beginning(Origin(recipe, list(map(own, leaves))), size, (treedef, list(map(own, inputs))))
+
+
+class Again:
+    """A training once more.
+
+    Args:
+      stored: its run, whose origin and inputs are there.
+      models: the registered ones as they are now, of which the loss may read others than the net.
+      steps: how many are done.
+    """
+
+    def __init__(self, stored: StoredRun, models: Mapping[str, ModelEntry], services: Services, steps: int) -> None:
+        assert stored.origin is not None
+        assert stored.inputs is not None
+        recipe = stored.origin.how
+        assert isinstance(recipe, TrainRecipe)
+        assert isinstance(stored.facts.keys, RunKeys)
+        self.facts, self.recipe = stored.facts, recipe
+        self.services = replace(services, on_progress=lambda run: None)
+        self.draw: Draw = stored.facts.keys.draw.first
+        args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
+        entry = _entry_of(recipe, stored.origin)
+        self.loss = loss_of(entry.model, recipe.function, recipe.loss, recipe.options.freeze)
+        self.call = Call(METHOD, args, kwargs, recipe.call, command="%flax_replay")
+        root = RootKey(self.draw.seed, self.draw.number - 1, self.draw.root, self.draw.impl)
+        self.state = State(root, {**models, entry.name: entry})
+        self.data = self._data()
+        ready = LossCall.of(
+            self.state,
+            entry,
+            self.loss,
+            replace(self.call, args=(self.data.first, *args[1:])),
+            self.services,
+            mode="train",
+            said=(),
+            again=(self.draw, recipe.taken),
+        )
+        options = replace(recipe.options, epochs=None, steps=steps, resume=False)
+        last: list[Progress] = []
+        self.trainer = Trainer(
+            self.state, ready, self.call, options, self.data, said=(), resumed=None, commit=last.append
+        )
+        self.run = self.trainer.train()
+        self.progress = last[-1]
+
+    def _data(self) -> Data:
+        """The data, from their first batch on."""
+        text, data = data_text(self.call.text), self.call.args[0]
+        if training_data.is_arrays(data):
+            return ArrayData(text, data, self.recipe.options.batch)
+        return BatchData(text, data, 0)
+
+    def gradients(self) -> Run:
+        """The Run of the gradients in the step that comes next, with that step's batch and keys."""
+        progress, step = self.progress, self.run.steps
+        if progress.write is not None:
+            progress.write()
+        loss = replace(self.loss, model=progress.entry.model)
+        call = replace(self.call, args=(self._batch(step), *self.call.args[1:]))
+        again = StepDraw.of(self.draw, step), self.trainer.taken
+        outcome = grad_model(self.state, progress.entry, loss, call, self.services, mode="train", said=(), again=again)
+        return outcome.run
+
+    def _batch(self, step: int) -> PyTree:
+        """The batch that a step takes."""
+        if isinstance(self.data, ArrayData):
+            batch = self.data.take(step)
+            rows = None if batch is None else batch.rows
+            return self.data.tree if rows is None else jax.tree_util.tree_map(lambda leaf: leaf[rows], self.data.tree)
+        # Through all epochs before it, as the steps before it went.
+        batches: Any = itertools.chain.from_iterable(itertools.repeat(self.call.args[0]))
+        return next(itertools.islice(batches, step, None))
+
+
+def _entry_of(recipe: TrainRecipe, origin: Origin) -> ModelEntry:
+    """The net as it was when the training began."""
+    variables = None if recipe.structure is None else jax.tree_util.tree_unflatten(recipe.structure, origin.leaves)
+    return recipe.entry.with_arrays(variables)
+
+
+def check_step(run: Run, step: int) -> None:
+    """Raises FlaxMagicsError where a run has no such step."""
+    line = f"%flax_replay {run.seed}:{run.draw}"
+    if run.trained is None:
+        raise FlaxMagicsError(f"--step is a step of a training, and draw {run.draw} is none.", write=line)
+    if not 0 <= step < run.steps:
+        last = run.steps - 1
+        message = f"the training of draw {run.draw} has the steps 0 to {last}, and no step {step}."
+        raise FlaxMagicsError(message, write=line.replace("replay", f"replay --step {last}"))

@@ -1,0 +1,116 @@
+"""A training is repeated: all of its steps, or one of them with its gradients; and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from by_hand import Normed, bits
+from flax import nnx
+from nnx_kinds import Own
+from sessions import session_of
+
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.history.table import notice_of
+
+RANDOM = np.random.RandomState(0)
+DATA = {"x": RANDOM.randn(22, 4).astype(np.float32), "y": RANDOM.randn(22, 4).astype(np.float32)}
+SGD = optax.sgd(1.0)
+
+
+def loss(net: Any, batch: Any, train: bool) -> Any:
+    y = net(batch["x"], train=train)
+    return ((y - batch["y"]) ** 2).mean(), {"mean": y.mean()}
+
+
+def of_module(net: Any, batch: Any) -> Any:
+    return ((net(batch["x"]) - batch["y"]) ** 2).mean()
+
+
+class Once:
+    """An iterator of batches."""
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return DATA
+
+
+def linen() -> tuple[Session, Any]:
+    return session_of(Normed()), loss
+
+
+def module() -> tuple[Session, Any]:
+    return session_of(Own(4, rngs=nnx.Rngs(0))), of_module
+
+
+@pytest.mark.parametrize("api", [linen, module])
+def test_a_training_has_the_same_bits_again_and_changes_nothing(api):
+    session, function = api()
+    run = session.train(function, "net", DATA, optimizer=optax.adam(1e-2), batch=8, epochs=3)
+    before = bits(session.models["net"].collections())
+    again = session.replay(1)
+    assert (again.replayed, again.steps, again.agreement.identical) == (True, 9, True)
+    assert bits((again.losses, dict(again.metrics))) == bits((run.losses, dict(run.metrics)))
+    assert bits(again.output) == bits(run.output)
+    assert notice_of(again).texts[-1] == "identical: weights after 9 steps"
+    assert bits(session.models["net"].collections()) == before
+    # Its weights are others now, but the losses are kept.
+    del run, again
+    session.train(function, "net", DATA, batch=8, steps=4)
+    again = session.replay(1)
+    assert (again.agreement.identical, again.agreement.said) == (True, ())
+    assert len(session) == 2
+
+
+@pytest.mark.parametrize("api", [linen, module])
+def test_one_step_has_the_loss_that_it_had_and_the_gradients_by_which_it_moved(api):
+    weights = []
+    for steps in (5, 6):
+        session, function = api()
+        run = session.train(function, "net", DATA, optimizer=SGD, batch=8, steps=steps)
+        weights.append(session.models["net"].collections())
+    step = session.replay(run, step=5)
+    assert (step.command, step.draw, step.replayed, step.agreement.identical) == ("grad", 1, True, True)
+    assert bits(np.float32(step.output.loss)) == bits(run.losses[5])
+    assert notice_of(step).texts[-1] == "identical: its loss"
+    kind = "params" if "params" in weights[0] else "Param"
+    moved = jax.tree.leaves(jax.tree.map(jnp.subtract, weights[0][kind], weights[1][kind]))
+    np.testing.assert_allclose(
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(step.output.grads)]),
+        np.concatenate([np.ravel(leaf) for leaf in moved]),
+        atol=1e-6,
+    )
+    first = session.replay(run, step=0)
+    assert bits(np.float32(first.output.loss)) == bits(run.losses[0])
+
+
+def test_a_resumed_training_is_repeated_from_its_beginning_and_an_iterable_is_told():
+    session = session_of(Normed())
+    batches = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 11], DATA) for n in (0, 11)]
+    session.train(loss, "net", batches, optimizer=SGD, steps=3)
+    run = session.train(loss, "net", batches, resume=True, steps=5)
+    again = session.replay(1)
+    assert (again.steps, again.agreement.identical) == (5, True)
+    assert again.agreement.said == ("its data are an iterable: whether it gives the same batches again cannot be told",)
+    step = session.replay(1, step=4)
+    assert bits(np.float32(step.output.loss)) == bits(run.losses[4])
+
+
+def test_what_cannot_be_repeated_is_told():
+    session = session_of(Normed())
+    session.key("latent")
+    run = session.train(loss, "net", Once(), optimizer=SGD, steps=3)
+    message = "draw 2 of seed 0 cannot be run again: what it began with was never kept."
+    with pytest.raises(FlaxMagicsError, match=message):
+        session.replay(run)
+    with pytest.raises(FlaxMagicsError, match="has the steps 0 to 2, and no step 3") as raised:
+        session.replay(run, step=3)
+    assert raised.value.write == "%flax_replay --step 2 0:2"
+    with pytest.raises(FlaxMagicsError, match="--step is a step of a training, and draw 1 is none"):
+        session.replay(1, step=0)
