@@ -34,7 +34,7 @@ from .line.options import ApplyOptions
 from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
-from .state.entry import ModelEntry
+from .state.entry import ModelEntry, by_kind
 from .state.handles import Models, RegisteredModel, SessionView, entry_now
 from .state.models import Registration, assigned
 from .state.runs import REPLAY_BYTES, ReplayBudget, StoredRun, arrays_of
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .summary.view import Summary
 
 FileName = str | os.PathLike[str]
+
+_init = by_kind(init_model, rebuild)
 
 show_as(FACE)
 
@@ -389,14 +391,8 @@ class Session(SessionView, LossMethods):
         stand_outside(surroundings.of_init, self._entry_before(name, module), call)
         before = self._state
         entry, notes = self._entry_now(name, module)
-        inputs = before, entry, call, self.services
-        if entry.model.holds_variables:
-            with Translation(entry, call):
-                entry.model.signature(call.method)
-            outcome = rebuild(*inputs, keys_of=keys_of, limit=self.replay_bytes)
-        else:
-            with Translation(entry, call):
-                outcome = init_model(*inputs, keys_of=keys_of, limit=self.replay_bytes, said=notes)
+        with Translation(entry, call):
+            outcome = _init(entry, before, call, self.services, keys_of=keys_of, limit=self.replay_bytes, said=notes)
         self._commit(before, outcome)
         assert outcome.entry is not None
         self._keeping.replace(entry.replaced, outcome.entry.replaced)

@@ -480,7 +480,7 @@ SCENARIOS = [
     Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return net(x).sum(), 1"),
              edit=lambda cell, advice: "labels = 0\ndef loss(net, x):\n  logits = net(x)\n  loss = logits.sum()\n  "
                                        f"{advice}"),
-    Scenario("training.loss.init", "%flax_grad loss(net, x)", (NET, CHECKPOINT), ("x",), again=True),
+    Scenario("training.nets.init", "%flax_grad loss(net, x)", (NET, CHECKPOINT), ("x",), again=True),
     Scenario("training.loss.transformed", "%flax_grad loss(own, x)", (OWN_BATCH, CHECKPOINT),
              edit=lambda cell, advice: cell.replace("jax.checkpoint(lambda x: net(x))(x)",
                                                     advice.replace("(…)", "(type(net).__call__)(net, x)"))),

@@ -25,7 +25,7 @@ from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import DrawNumber, Note, Run, like
 from ..state import runs
-from ..state.entry import InitRecipe, ModelEntry, Origin
+from ..state.entry import InitRecipe, LinenEntry, ModelEntry, Origin
 from ..state.models import replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State
@@ -97,7 +97,7 @@ def apply_model(
         changed,
         notes=tuple(run_notes),
         started=started,
-        made=made_of(entry.nnx.collections()) if anew else variables.made,
+        made=made_of(entry.nnx.model.collections()) if anew else variables.made,
         changed={collection: after.update_counts[collection] for collection in sorted(updated)},
         dropped=() if options.keeps else tuple(sorted(changed)),
         first=state.runs is None,
@@ -107,7 +107,7 @@ def apply_model(
         run = with_notes_of_output(run)
     write = None
     if anew:
-        users_model, new_model = users_entry.nnx, entry.nnx
+        users_model, new_model = users_entry.nnx.model, entry.nnx.model
         after = replace(after, model=users_model)
 
         # NNX: the updates go into the new module first; then the user's object takes over all of that module's values.
@@ -278,8 +278,8 @@ def apply_again(
 
 
 def init_model(
+    entry: LinenEntry,
     state: State,
-    entry: ModelEntry,
     call: Call,
     services: Services,
     *,
@@ -297,7 +297,7 @@ def init_model(
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
-    name, model, clock = entry.name, entry.linen, services.clock
+    name, model, clock = entry.name, entry.model, services.clock
     to_init, init_call = prepare_init(name, model, call)
     opened = state.find_draw(keys_of, opens=True) or state.root.draw()
     services.on_phase(f"initialising {name}")

@@ -19,9 +19,9 @@ from ..errors import FlaxMagicsError, written
 from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
-from ..run import DrawNumber, Run
+from ..run import DrawNumber, Note, Run
 from ..state import models
-from ..state.entry import BuildRecipe, ModelEntry
+from ..state.entry import BuildRecipe, ModelEntry, NnxEntry
 from ..state.models import Registration, replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State, with_entry
@@ -91,25 +91,34 @@ class Building:
         draw = state.root.draw()
         model, run = _build_in(state, draw, name, recipe, self.services)
         run = replace(run, cell=cell)
-        entry = _built(ModelEntry(name, model, model.fingerprint()), model, recipe, run.keys, draw)
+        entry = _built(NnxEntry(name, model, model.fingerprint()), model, recipe, run.keys, draw)
         change = Registration(name, "new") if old is None else Registration(name, "changed", changes, "own")
         stored = _stored(name, recipe, run)
         return state.after(stored, draw, entry, (name, draw)), change, stored
 
 
 def rebuild(
-    state: State, entry: ModelEntry, call: Call, services: Services, *, keys_of: DrawNumber | None, limit: int
+    entry: NnxEntry,
+    state: State,
+    call: Call,
+    services: Services,
+    *,
+    keys_of: DrawNumber | None,
+    limit: int,
+    said: tuple[Note, ...],
 ) -> Outcome:
     """Runs the construction of an NNX module again (`%flax_init`); the commit moves its values into the user's object.
 
     Args:
       keys_of: number of an earlier draw whose keys are used; None makes the next draw.
       limit: bytes of replaced variables that may be kept, see `replaced_by_init`.
+      said: notes from finding the entry.
 
     Raises:
-      FlaxMagicsError: the user's own code built the module.
+      FlaxMagicsError: the user's own code built the module, or it has no such method.
     """
     name = entry.name
+    entry.model.signature(call.method)
     if entry.built is None:
         raise FlaxMagicsError(
             f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
@@ -120,10 +129,10 @@ def rebuild(
     opened = state.find_draw(keys_of, opens=True) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
-    users_model = entry.nnx
+    users_model = entry.model
     replaced, notes = replaced_by_init(entry, limit)
     facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": keys_of is not None}
-    run = replace(run, **facts, notes=notes)
+    run = replace(run, **facts, notes=(*said, *notes))
     entry = _built(entry, model, recipe, run.keys, opened)
     entry = replace(entry, update_counts={}, outdated=False, replaced=replaced, training=None)
     opens = None if keys_of is not None else (name, opened)
@@ -167,8 +176,8 @@ def _build_in(
 
 
 def _built(
-    entry: ModelEntry, model: ModelWithVariables, recipe: Construction, keys: Mapping[str, jax.Array], draw: Draw
-) -> ModelEntry:
+    entry: NnxEntry, model: ModelWithVariables, recipe: Construction, keys: Mapping[str, jax.Array], draw: Draw
+) -> NnxEntry:
     """Completes the entry of `model`, which `recipe` has just built with `keys` of `draw`."""
     built, sample = BuiltBySession.of(recipe, keys), model.sample()
     source = WeightSource.initialised(draw, model.collections(), in_module=True)
@@ -185,7 +194,8 @@ def built_with(
 ) -> tuple[ModelEntry, Registration]:
     """Builds the module of `recipe` with keys of an earlier draw, and compares it with the entry `old`."""
     model = adopt_built(recipe.build(keys), recipe.text)
-    return models.register_holding(old, name, model, BuiltBySession.of(recipe, keys))
+    entry = NnxEntry(name, model, None, built=BuiltBySession.of(recipe, keys))
+    return models.compare(old, entry.registered())
 
 
 def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
@@ -198,4 +208,4 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     recipe = entry.built.recipe
     keys = keys_of(draw, taken=taken)
     model = adopt_built(recipe.build(keys), recipe.text)
-    return _built(replace(entry, model=model), model, recipe, keys, draw)
+    return _built(replace(entry.nnx, model=model), model, recipe, keys, draw)

@@ -191,7 +191,7 @@ def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[
     """
 
     def shapes() -> Collections:
-        return init_shapes(entry.name, entry.linen, bound.call, draw.impl)
+        return init_shapes(entry.name, entry.linen.model, bound.call, draw.impl)
 
     held = entry.held
     request = request_of(entry, bound, draw, shapes() if held is None else held, ApplyOptions())

@@ -25,7 +25,7 @@ from ..models.linen import lacking_stream
 from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
-from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
+from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive
 from .call import BoundCall, Call, initialising, prepare, prepare_init, request_of, with_drawn_key, with_keys
 from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
 from .sharding import of_explicit_axes
@@ -157,25 +157,18 @@ def held_variables(request: ApplyRequest) -> RunVariables | None:
     if "params" in options.key and (request.params_taken or (held is None and options.variables is None)):
         message = f"--key params: in this draw that key initialises `{entry.name}`."
         raise FlaxMagicsError(message, **written(with_drawn_key(call, "params")))
-    taken = request.params_taken or "params" in options.key
     if options.variables is not None:
-        values = options.variables
         line = Written(f"{options.line.replace('…', '{}')} {call.text}")
-        if entry.model.holds_variables:
-            check_state(entry.name, values, line, entry.model.module)
-            values = entry.model.read_state(entry.name, values)
-        else:
-            taken = request.params_taken
-            check_collections(entry.name, values, line)
+        values = entry.read_given(options.variables, line)
         check_alive(f"these variables of `{entry.name}`", values)
-        return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
+        return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=request.params_taken)
     if held is None:
         return None
     entry.check_alive(call.text, request.others)
     source = entry.source_now()
     entry = entry if source is entry.source else replace(entry, source=source)
     weights = "" if source is None else source.describe(request.draw.first.seed)
-    return RunVariables(entry, held, weights=weights, taken=taken)
+    return RunVariables(entry, held, weights=weights, taken=request.params_taken or "params" in options.key)
 
 
 def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | None]:
@@ -184,9 +177,9 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     The program is None where it must be made afterwards: the init cannot tell shapes in advance, or the call needs
     variables that it does not make. Of the time, tracing both counts as trace, the rest as init.
     """
-    entry, draw, services = request.entry, request.draw, request.services
+    entry, draw, services = request.entry.linen, request.draw, request.services
     services.on_phase(f"initialising {entry.name}")
-    model, init_call = prepare_init(entry.name, entry.linen, request.bound.call)
+    model, init_call = prepare_init(entry.name, entry.model, request.bound.call)
     since = services.clock()
     # If edits dropped the variables that used this draw's `params` key, the new init gets another key.
     init = initialising(model, init_call, draw.first, services.programs.units, taken=request.params_taken)
@@ -217,12 +210,12 @@ def with_added(request: ApplyRequest, variables: RunVariables, error: MissingVar
 
     Raises the model's own error where nothing is added: the variables are the user's, or were completed before.
     """
-    entry, call, clock = variables.entry, request.bound.call, request.services.clock
+    entry, call, clock = variables.entry.linen, request.bound.call, request.services.clock
     if request.options.variables is not None or (variables.made is not None and variables.made.added):
         raise error.__cause__ or error
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
-    model, init_call = prepare_init(entry.name, entry.linen, call)
+    model, init_call = prepare_init(entry.name, entry.model, call)
     begin = clock()
     fresh = jax.block_until_ready(model.init(key, call.method, call.args, init_call.kwargs))
     seconds = clock() - begin

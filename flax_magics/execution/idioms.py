@@ -18,7 +18,7 @@ from ..base.types import Record
 from ..errors import FlaxMagicsError
 from ..models.base import FLAX_ARGUMENTS, Idiom
 from ..models.switch import call_switches, written_in_call
-from ..state.entry import ModelEntry
+from ..state.entry import LinenEntry, ModelEntry, by_kind
 from .call import BadCall, Call, init_shapes, of_module
 
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
@@ -112,17 +112,8 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
 
     def _plain_flax(self) -> list[str]:
         """Lines that make the call by hand, where no option stands for an argument; none if they are unknown."""
-        tree, name = _tree(self.call), self.entry.name
-        if tree is None or self.call.method or self.entry.model.holds_variables:
-            return []
-        arguments = ", ".join(map(ast.unparse, (*tree.args, *tree.keywords)))
-        if self.call.command.startswith(INIT):
-            return ["params_key = %flax_key params", f"variables = {name}.init(params_key, {arguments})"]
-        if not self.call.command.startswith(APPLY):
-            return []
-        tree.keywords = [keyword for keyword in tree.keywords if keyword.arg not in FLAX_ARGUMENTS]
-        variables = f"%flax_vars {name}" if self.entry.variables is not None else f"%flax_init {ast.unparse(tree)}"
-        return [f"variables = {variables}", f"{name}.apply(variables, {arguments})"]
+        tree = _tree(self.call)
+        return [] if tree is None or self.call.method else _plain_flax(self.entry, self.call.command, tree)
 
     # -- the variables as the first argument
 
@@ -134,7 +125,7 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         entry, call = self.entry, replace(self.call, args=self.call.args[1:])
         with contextlib.suppress(Exception):  # it is no state of the module, or the call has another mistake, too
             held = entry.held
-            shapes = init_shapes(entry.name, entry.linen, call, "threefry2x32") if held is None else held
+            shapes = init_shapes(entry.name, entry.linen.model, call, "threefry2x32") if held is None else held
             return entry.model.is_state(value, shapes)
         return False
 
@@ -165,6 +156,20 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         if lines and lines[0].startswith(CHECK):
             return FlaxMagicsError(said, form=f"%flaxmodel --check {lines[0].removeprefix(CHECK).strip()!r} …")
         return FlaxMagicsError(said, write="\n".join(of_module(self.entry.name, self.entry.model, lines)) or None)
+
+
+def _linen_by_hand(entry: LinenEntry, command: str, tree: ast.Call) -> list[str]:
+    name, arguments = entry.name, ", ".join(map(ast.unparse, (*tree.args, *tree.keywords)))
+    if command.startswith(INIT):
+        return ["params_key = %flax_key params", f"variables = {name}.init(params_key, {arguments})"]
+    if not command.startswith(APPLY):
+        return []
+    tree.keywords = [keyword for keyword in tree.keywords if keyword.arg not in FLAX_ARGUMENTS]
+    variables = f"%flax_vars {name}" if entry.variables is not None else f"%flax_init {ast.unparse(tree)}"
+    return [f"variables = {variables}", f"{name}.apply(variables, {arguments})"]
+
+
+_plain_flax = by_kind(_linen_by_hand, lambda entry, command, tree: [])  # NNX's calls take none of Flax's arguments
 
 
 def _tree(call: Call) -> ast.Call | None:

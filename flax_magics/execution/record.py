@@ -203,7 +203,7 @@ def facts_of_call(
     if variables.made is not None:
         # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), variables.entry.linen)
+        init = facts_of_init(replace(call, kwargs=kwargs), variables.entry.linen.model)
     return replace(
         init,
         parameters=parameters,

@@ -19,12 +19,12 @@ from ..models.base import Needs
 from ..models.calls import has_tracer
 from ..models.construction import Construction
 from ..run import DrawNumber, Run
+from ..state.entry import LinenEntry, ModelEntry, NnxEntry, by_kind
 from . import record
 from .call import Call, of_module, prepare, trace_shapes, with_keys
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
-    from ..state.entry import ModelEntry
     from ..state.state import State
 
 TRACE = "in a function that JAX traces: it would happen once, while JAX traces, and be no part of what then runs"
@@ -72,23 +72,28 @@ _COMMANDS = ("flax_magics._session", "flax_magics.training.methods")
 """Where the methods of a session are: a frame of these is one of a command."""
 
 
+Instead = tuple[str, list[str], str]
+"""What to do in the place of a command: in words, as lines for a notebook (none if they are not known), with gaps."""
+
+
 def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
     """The error for an apply that stands there: plain Flax with the same variables, mode, streams and collections."""
-    if entry.model.holds_variables:
-        return _of_nnx(where, state, entry, call, options)
+    return _error(f"{call.command} {call.text} stands {where}.", *_instead(entry, where, state, call, options))
+
+
+def _apply_by_hand(entry: LinenEntry, where: str, state: State, call: Call, options: ApplyOptions) -> Instead:
     name, model = entry.name, f"session.models['{entry.name}']"
     variables, key, module = f"{model}.variables", "session.key('dropout')", f"{model}.module"
     lines: list[str] = []
     if call.cell is not None:
         variables, key, module = f"%flax_vars {name}", "%flax_key dropout", name
         lines = _lines_of_apply(state, entry, call, options, where)
-    said = f"{call.command} {call.text} stands {where}."
     applied = f"{module}.apply(variables, …, rngs={{'dropout': dropout_key}})"
     form = f"variables = {variables}\ndropout_key = {key}\n{applied}"
-    return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
+    return "Take variables and keys before it, and call the model with them.", lines, form
 
 
-def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
+def _module_itself(entry: NnxEntry, where: str, state: State, call: Call, options: ApplyOptions) -> Instead:
     name, lines = entry.name, list[str]()
     with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand
         filled = with_keys(entry, call, options, state.root.draw())
@@ -100,13 +105,16 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
         lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
         lines += [f"{key}_key = %flax_key {key}" for key in keys]
         lines = of_module(name, entry.model, [*lines, with_arguments(call.text, arguments)])
-    return _error(
-        f"{call.command} {call.text} stands {where}.",
+    instead = (
         "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
-        " do not.",
-        [] if call.cell is None else lines,
-        f"session.models['{name}'].module(…)" if call.cell is None else f"{name}(…)",
+        " do not."
     )
+    if call.cell is None:
+        return instead, [], f"session.models['{name}'].module(…)"
+    return instead, lines, f"{name}(…)"
+
+
+_instead = by_kind(_apply_by_hand, _module_itself)
 
 
 def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
@@ -116,7 +124,7 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
         return FlaxMagicsError(said)
     if entry.built is not None:
         return of_build(said, entry.name, entry.built.recipe)
-    model = entry.linen
+    model = entry.linen.model
     lines: list[str] = []
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand

@@ -124,7 +124,7 @@ def _model(
 
 def _linen_models(entries: Mapping[str, ModelEntry]) -> list[str]:
     """Names of the linen models: their fields tell how they are built, and the script has a variable for their variables."""
-    return [name for name, entry in entries.items() if not entry.model.holds_variables]
+    return [name for name, entry in entries.items() if entry.model.api == "linen"]
 
 
 def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:

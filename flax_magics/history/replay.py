@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,6 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
-from ..models.base import Model, ModelRecord
 from ..models.construction import adopt_built
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
@@ -163,12 +162,7 @@ class Replaying(Struct, frozen=True):
 
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """Runs it with a program that is compiled again, from the model as it was."""
-        entry = replace(how.entry, variables=variables)
-        record: Any = how.entry.model
-        if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
-            model: Model = adopt_built(record.skeleton.rebuild(variables), record.written)
-            model = model if record.around is None else record.around(model)
-            entry = replace(how.entry, model=model, rebuild_next=False)
+        entry = how.entry.with_arrays(variables)
         options = how.options._replace(keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         # `--key` adds these to the call again.
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
@@ -191,7 +185,7 @@ class Replaying(Struct, frozen=True):
     def _init(self, how: InitRecipe, call: Call, draw: Draw) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
         self.services.on_phase(f"initialising {name}")
-        model, init_call = prepare_init(name, how.entry.linen, call)
+        model, init_call = prepare_init(name, how.entry.model, call)
         begin = clock()
         with plain_errors(call):
             variables, _ = initialising(model, init_call, draw, units).finish()
@@ -229,11 +223,8 @@ class Replaying(Struct, frozen=True):
     def _edited(self, how: ApplyRecipe | InitRecipe | TrainRecipe) -> tuple[str, ...]:
         """A remark if the registered model is not the one that ran: edited since, or no longer there."""
         entry, current = how.entry, self.models.get(how.entry.name)
-        if current is not None:
-            # Without a fingerprint only the same object is known to be unchanged.
-            same = current.model is entry.model if current.fingerprint is None else current.computes(entry.fingerprint)
-            if same or (entry.fingerprint is None and current.model.holds_variables):
-                return ()
+        if current is not None and current.still(entry):
+            return ()
         return (f"{entry.name} was edited since: this is its code as it was then",)
 
 

@@ -349,10 +349,6 @@ class AnyModel(Protocol):
 class ModelWithInit(AnyModel, Protocol):
     """A linen module: an init makes its variables, and the session holds them."""
 
-    @property
-    def holds_variables(self) -> Literal[False]:
-        """False: the session holds the variables. mypy narrows `Model` by this literal."""
-
     def init(self, key: object, method: Path | Function, args: Args, kwargs: Kwargs) -> Updates:
         """Fresh variables; `key` is the `params` key, the only one that an init gets. `method`: see `forward`."""
 
@@ -367,10 +363,6 @@ class ModelWithInit(AnyModel, Protocol):
 
 class ModelWithVariables(AnyModel, Protocol):
     """An NNX module: it holds its own variables, which a session reads before each run and updates after it."""
-
-    @property
-    def holds_variables(self) -> Literal[True]:
-        """True: the module holds its variables. mypy narrows `Model` by this literal."""
 
     @property
     def written(self) -> str:
@@ -412,7 +404,7 @@ class ModelWithVariables(AnyModel, Protocol):
 
 
 Model = ModelWithInit | ModelWithVariables
-"""A model of either API; test `holds_variables` to narrow it."""
+"""A model of either API. What a session does otherwise for the one than for the other, its entry tells."""
 
 
 def own_methods(cls: type, *, but: str) -> list[str]:

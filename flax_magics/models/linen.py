@@ -81,7 +81,6 @@ class LinenModel:
     held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
     """Does nothing: linen modules are immutable."""
     api: ClassVar[Literal["linen"]] = "linen"
-    holds_variables: ClassVar[Literal[False]] = False
 
     def __init__(self, module: nn.Module, cache: ModeCache | None = None) -> None:
         self.module, self._cache = module, cache or ModeCache()

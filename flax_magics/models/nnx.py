@@ -71,7 +71,6 @@ class NnxModel:
     """The text of the construction, such as `Net(8, 3)`, where the session built the module; else empty."""
     _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
     api: ClassVar[Literal["nnx"]] = "nnx"
-    holds_variables: ClassVar[Literal[True]] = True
     init_streams: ClassVar[Names] = ()
     """None: its construction is given its streams as `rngs`."""
 

@@ -176,8 +176,8 @@ def _of_first_run(error: Exception, called: ModelCall, notebook: Notebook, mode:
     session, name, call = notebook.session, called.expression.target, called.call
     held = name in session.models and session.models[name].variables is not None
     entry = register(None, name, called.module)[0]
-    # The init of an NNX module is its construction, which the call does not change.
-    is_known = called.expression.command.startswith("%flax_init") if entry.model.holds_variables else held
+    # The init of a module that came with variables is its construction, which the call does not change.
+    is_known = called.expression.command.startswith("%flax_init") if entry.ready else held
     if is_known or not isinstance(error, (TypeError, ValueError, IndexError, AssertionError)):
         return ()
     told, signature = _of_features(error), entry.model.signature(call.method)

@@ -152,7 +152,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
         return ()
     from ..execution.call import Call
     from ..execution.idioms import Translation
-    from ..state.entry import ModelEntry
+    from ..state.models import new_entry
     from ..summary.summary import check_call
     from .notebook import ModelCall
 
@@ -166,7 +166,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     module = models.modules[parsed.target]
     # An NNX module that is not built yet is checked by its shapes.
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
-    entry = ModelEntry(parsed.target, model, None)
+    entry = new_entry(parsed.target, model)
     asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
     use.notebook.called = ModelCall(parsed, asked, model.module)
     with Translation(entry, asked):

@@ -134,7 +134,7 @@ def take(state: State) -> Snapshot:
 
 def _taken(entry: ModelEntry) -> SavedModel:
     # After an assignment the earlier init still tells what fits the model.
-    model, init = entry.model, entry.init or entry.previous_init
+    model, init = entry.model, entry.last_init
     saved_init = None
     # A function, the loss that made the variables, is no data.
     if init is not None and init.program is not None and not callable(init.method):

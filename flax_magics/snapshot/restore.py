@@ -24,7 +24,7 @@ from ..execution.build import Building, RegisterResult, built_with
 from ..models.base import ModelWithInit
 from ..models.construction import Construction
 from ..run import Note
-from ..state.entry import ModelEntry
+from ..state.entry import LinenEntry, ModelEntry, NnxEntry, by_kind
 from ..state.models import Registration, differences
 from ..state.state import SavedModel, State
 from ..state.training import Optimizer
@@ -65,16 +65,15 @@ def match(saved: SavedModel, entry: ModelEntry) -> Matched:
     if saved.api != model.api:
         there, here = ("a linen" if each.api == "linen" else "an NNX" for each in (saved, model))
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
-    into = _into_module if model.holds_variables else _into_session
-    matched = into(saved, entry)
+    matched = _restored(entry, saved)
     # The variables may fit, and the outputs still be others.
     names = edited(saved.source, source_of(model.module)) if saved.ready and saved.source else ()
     return replace(matched, other=(*matched.other, f"{', '.join(names)} edited since")) if names else matched
 
 
-def _into_session(saved: SavedModel, entry: ModelEntry) -> Matched:
+def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
     """Restores a linen model, whose variables the session holds."""
-    model = entry.linen
+    model = entry.model
     if saved.variables is None:
         return Matched(entry.with_variables(None, None))
     variables, init, outdated = _held_against(saved, model)
@@ -150,12 +149,12 @@ def _leaf(leaf: Leaf) -> object:
     return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # no array: only its type can be compared
 
 
-def _into_module(saved: SavedModel, entry: ModelEntry) -> Matched:
+def _into_module(entry: NnxEntry, saved: SavedModel) -> Matched:
     """Restores an NNX module: each saved variable goes to the one at the same path.
 
     Its description depends on how its construction was written, so that is not compared.
     """
-    model = entry.nnx
+    model = entry.model
     slots = {slot.name: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
     # A file that somebody altered may have something else in the place of the paths.
     trees = {kind: tree for kind, tree in (saved.variables or {}).items() if isinstance(tree, Mapping)}
@@ -191,6 +190,9 @@ def _into_module(saved: SavedModel, entry: ModelEntry) -> Matched:
         **_trained(saved),
     )
     return Matched(entry, lambda: model.assign(values))
+
+
+_restored = by_kind(_into_session, _into_module)
 
 
 def _fitted(value: PyTree, there: PyTree, name: str) -> tuple[PyTree, list[str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import jax
 from msgspec import Struct
@@ -19,18 +19,16 @@ from ..compile.initialise import InitRecord
 from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
-from ..models.construction import BuiltBySession, Construction
+from ..models.construction import BuiltBySession, Construction, adopt_built
 from .training import Optimizer, Training, TrainOptions
-from .weights import COPIES, Collections, WeightSource, check_alive, is_gone
+from .weights import COPIES, Collections, WeightSource, Written, check_alive, check_collections, check_state, is_gone
 
 
-class ModelEntry(Struct, frozen=True):
-    """A registered model, as the session's state has it.
+class AnyEntry(Struct, frozen=True):
+    """The part of a registered model's entry that linen and NNX share.
 
     Attributes:
       fingerprint: `Model.fingerprint` at registration; None where it cannot be computed.
-      variables: None until initialised, and always for an NNX module, which holds its own.
-      init: how the variables were initialised; None if they were assigned.
       update_counts: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
       known_needs: what runs asked for last, by method and mode; spares a trace, never decides one.
@@ -39,21 +37,11 @@ class ModelEntry(Struct, frozen=True):
     name: str
     model: Model
     fingerprint: bytes | None
-    variables: Collections | None = None
-    init: InitRecord | None = None
     update_counts: Mapping[str, int] = {}
     outdated: bool = False
     known_needs: Mapping[tuple[Path, str], Needs] = {}
     static_ints: frozenset[tuple[Path, str]] = frozenset()
     """(method, argument) of each int argument whose value the model needs, so that it is static."""
-    built: BuiltBySession | None = None
-    """How the session built the NNX module; None where the user's code did, and for a linen model."""
-    rebuild_next: bool = False
-    """The NNX module is to be built again at its next use (`--fresh`)."""
-    initial_sample: bytes | None = None
-    """A digest of some elements of the NNX module's variables when it was registered: tells another seed."""
-    previous_init: InitRecord | None = None
-    """The init whose variables the user replaced by others: it tells what fits the model."""
     source: WeightSource | None = None
     """Where the variables came from; None as long as there are none."""
     replaced: Replaced | None = None
@@ -64,31 +52,36 @@ class ModelEntry(Struct, frozen=True):
     """What goes on with the last training; None where there was none, or where other variables took its place."""
 
     @property
+    def variables(self) -> Collections | None:
+        """The variables that the session holds: None before the init, and of a module that holds its own."""
+        return None
+
+    @property
     def ready(self) -> bool:
         """Whether there are variables to run with."""
         return self.source is not None
 
     @property
     def built_by_user(self) -> bool:
-        """Whether the user's own code built the NNX module, so that only that code can build it anew."""
-        return self.model.holds_variables and self.built is None
+        """Whether only the user's own code, which built the module, can make its variables anew."""
+        return False
 
     @property
     def used(self) -> bool:
         """Whether a run has used the model, or anybody has given it variables."""
-        return bool(self.variables is not None or self.known_needs or self.update_counts or self.previous_init)
+        return bool(self.known_needs or self.update_counts)
 
     @property
-    def linen(self) -> ModelWithInit:
-        """The model, of which it is known that an init makes its variables."""
-        assert not self.model.holds_variables
-        return self.model
+    def linen(self) -> LinenEntry:
+        """Itself, where it is known that an init makes the variables."""
+        assert isinstance(self, LinenEntry)
+        return self
 
     @property
-    def nnx(self) -> ModelWithVariables:
-        """The model, of which it is known that it holds its variables."""
-        assert self.model.holds_variables
-        return self.model
+    def nnx(self) -> NnxEntry:
+        """Itself, where it is known that the module holds its variables."""
+        assert isinstance(self, NnxEntry)
+        return self
 
     @property
     def held(self) -> Collections | None:
@@ -131,24 +124,150 @@ class ModelEntry(Struct, frozen=True):
         """Whether a model of that fingerprint computes the same as this one; False where that cannot be told."""
         return fingerprint is not None and fingerprint == self.fingerprint
 
+    def registered(self) -> Self:
+        """The entry with what is found out of a model when it is registered."""
+        return replace(self, fingerprint=self.model.fingerprint())
+
+    def without_variables(self) -> Self:
+        """The entry without arrays; see `AnyModel.without_arrays`."""
+        model = self.model.without_arrays()
+        return replace(self, model=model, update_counts={}, replaced=None, optimizer=None, training=None)
+
+
+class LinenEntry(AnyEntry, frozen=True):
+    """A linen model, whose variables the session holds.
+
+    Attributes:
+      variables: None until initialised.
+      init: how the variables were initialised; None if they were assigned.
+      previous_init: the init whose variables the user replaced by others: it tells what fits the model.
+    """
+
+    model: ModelWithInit
+    variables: Collections | None = None
+    init: InitRecord | None = None
+    previous_init: InitRecord | None = None
+    built: ClassVar[None] = None
+    rebuild_next: ClassVar[bool] = False
+    """A session builds no linen module."""
+
+    @property
+    def used(self) -> bool:
+        """Whether a run has used the model, or anybody has given it variables."""
+        return super().used or self.variables is not None or self.previous_init is not None
+
+    @property
+    def last_init(self) -> InitRecord | None:
+        """The last init that is known, which tells what fits the model, whatever was assigned since."""
+        return self.init or self.previous_init
+
+    def still(self, before: ModelEntry) -> bool:
+        """Whether it is the model that `before` was. Without a fingerprint only the same object is known to be."""
+        return self.model is before.model if self.fingerprint is None else self.computes(before.fingerprint)
+
+    def read_given(self, values: PyTree, written: Written) -> Collections:
+        """Variables that are given for one run. Raises FlaxMagicsError if they are none."""
+        check_collections(self.name, values, written)
+        return values  # type: ignore[no-any-return]
+
     def with_variables(
         self, variables: Collections | None, source: WeightSource | None, init: InitRecord | None = None
-    ) -> ModelEntry:
+    ) -> LinenEntry:
         """The entry with other variables, which no run has written yet."""
         return replace(
             self, variables=variables, init=init, update_counts={}, outdated=False, source=source, training=None
         )
 
-    def to_be_made_anew(self) -> ModelEntry:
-        """The model without variables of the session's; a module that holds its own is built anew at its next use."""
-        holds = self.model.holds_variables
-        return replace(self.with_variables(None, self.source if holds else None), rebuild_next=holds)
+    def trained(self, values: Collections, source: WeightSource, *, last: bool) -> LinenEntry:
+        """The entry with what a training has made of the variables; `last`: at its end, no more is to come."""
+        return replace(self, variables={**(self.variables or {}), **values}, source=source.over(values))
 
-    def without_variables(self) -> ModelEntry:
+    def to_be_made_anew(self) -> LinenEntry:
+        """The entry without variables, which its next use initialises."""
+        return self.with_variables(None, None)
+
+    def without_variables(self) -> Self:
         """The entry without arrays; see `AnyModel.without_arrays`."""
-        model = self.model.without_arrays()
-        without = replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
-        return replace(without, optimizer=None, training=None)
+        return replace(super().without_variables(), variables=None, init=None)
+
+    def with_arrays(self, variables: Collections | None) -> LinenEntry:
+        """The inverse of `without_variables`."""
+        return replace(self, variables=variables)
+
+
+class NnxEntry(AnyEntry, frozen=True):
+    """An NNX module, which holds its own variables.
+
+    Attributes:
+      built: how the session built it; None where the user's code did.
+      rebuild_next: it is to be built again at its next use (`--fresh`).
+      initial_sample: a digest of some elements of its variables when it was registered: tells another seed.
+    """
+
+    model: ModelWithVariables
+    built: BuiltBySession | None = None
+    rebuild_next: bool = False
+    initial_sample: bytes | None = None
+    init: ClassVar[None] = None
+    last_init: ClassVar[None] = None
+    """The variables are made with the module."""
+
+    @property
+    def built_by_user(self) -> bool:
+        """Whether only the user's own code, which built the module, can make its variables anew."""
+        return self.built is None
+
+    def registered(self) -> Self:
+        """The entry with what is found out of a module when it is registered."""
+        sample, source = self.model.sample(), WeightSource.own(self.name)
+        return replace(super().registered(), initial_sample=sample, source=source)
+
+    def still(self, before: ModelEntry) -> bool:
+        """Whether it is the module that `before` was, as far as that can be told: no replay keeps the module itself."""
+        return before.fingerprint is None or self.computes(before.fingerprint)
+
+    def read_given(self, values: PyTree, written: Written) -> dict[str, dict[str, Leaf]]:
+        """Variables that are given for one run, completed by those that are held; see `read_state`."""
+        check_state(self.name, values, written, self.model.module)
+        return self.model.read_state(self.name, values)
+
+    def trained(self, values: Collections, source: WeightSource, *, last: bool) -> NnxEntry:
+        """The entry after steps of a training; `last`: at its end, no more is to come."""
+        # In a module arrays are marked by a digest of some elements, which only the last commit waits for.
+        return replace(self, source=source.over(values, in_module=True) if last else source)
+
+    def to_be_made_anew(self) -> NnxEntry:
+        """The entry of a module that is built anew at its next use."""
+        return replace(self, update_counts={}, outdated=False, training=None, rebuild_next=True)
+
+    def without_variables(self) -> Self:
+        """The entry without arrays; see `AnyModel.without_arrays`."""
+        return replace(super().without_variables(), built=None)
+
+    def with_arrays(self, variables: Collections | None) -> NnxEntry:
+        """The inverse of `without_variables`: of a module of its own, which holds `variables`."""
+        record: Any = self.model
+        model = adopt_built(record.skeleton.rebuild(variables), record.written)
+        return replace(self, model=model if record.around is None else record.around(model), rebuild_next=False)
+
+
+ModelEntry = LinenEntry | NnxEntry
+"""A registered model, as the session's state has it."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def by_kind(
+    linen: Callable[Concatenate[LinenEntry, P], T], nnx: Callable[Concatenate[NnxEntry, P], T]
+) -> Callable[Concatenate[ModelEntry, P], T]:
+    """The function that is `linen` for the entry of a linen model, and `nnx` for that of an NNX module."""
+    functions: Mapping[type, Callable[..., T]] = {LinenEntry: linen, NnxEntry: nnx}
+
+    def of_kind(entry: ModelEntry, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return functions[type(entry)](entry, *args, **kwargs)
+
+    return of_kind
 
 
 class ApplyRecipe(Struct, frozen=True, eq=False):
@@ -200,7 +319,7 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
 class InitRecipe(Struct, frozen=True, eq=False):
     """What a replay of a linen init needs: the model as it was, and the method; `pinned` as in `ApplyRecipe`."""
 
-    entry: ModelEntry
+    entry: LinenEntry
     method: Path
     pinned: tuple[Leaf, ...] = ()
 

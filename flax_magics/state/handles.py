@@ -22,7 +22,7 @@ from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.calls import Arguments, Path
 from ..models.construction import spell_construction
 from ..run import Note, Run
-from .entry import ModelEntry
+from .entry import ModelEntry, by_kind
 from .models import register
 from .runs import ReplayBudget, calls_by_cell, checked_limit, length, newest
 
@@ -108,7 +108,7 @@ class RegisteredModel:
     def shapes_before(self, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
         """The array arguments of a method as the init had them, else as the last of the `programs` took them, by name."""
         entry = self._entry()
-        init = entry.init or entry.previous_init
+        init = entry.last_init
         if init is not None and init.method == method:
             rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
             arrays = {name: leaf for name, leaf, _ in rows if hasattr(leaf, "shape")}
@@ -301,13 +301,17 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
-    old = None if entry.model.holds_variables else entry  # an NNX object in the namespace is itself the truth
+    old = _compared(entry)
     entry, change = register(old, name, module)
     if change.state == "unchanged":
         return entry, ()
     became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
     became = " with what it holds" if old is None else became
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
+
+
+_compared: Callable[[ModelEntry], ModelEntry | None] = by_kind(lambda entry: entry, lambda entry: None)
+"""What another module under the name of an entry is compared with: an NNX object in the namespace is itself the truth."""
 
 
 class ModelNames(Struct, frozen=True):

@@ -13,10 +13,10 @@ from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
-from ..models.base import ModelWithInit, ModelWithVariables
-from ..models.construction import BuiltBySession, adopt
+from ..models.base import Model, ModelWithVariables
+from ..models.construction import adopt
 from ..run import Note
-from .entry import ModelEntry, Replaced
+from .entry import LinenEntry, ModelEntry, NnxEntry, Replaced, by_kind
 from .weights import (
     PREVIOUS,
     Collections,
@@ -25,7 +25,6 @@ from .weights import (
     check_alive,
     check_collections,
     check_fit,
-    check_state,
     misfits,
     named_leaves,
     unfit,
@@ -52,6 +51,10 @@ class Registration(Struct, frozen=True):
     """Copies the old variables into the new NNX module, at the commit; None where nothing is copied."""
 
 
+Assigned = tuple[ModelEntry, Callable[[], None] | None]
+"""The entry with variables that were assigned, and what writes them into an NNX module; None for a linen model."""
+
+
 def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEntry, Registration]:
     """The entry for `module` under `name`, and how it compares with `old`. Nothing is changed here.
 
@@ -63,13 +66,22 @@ def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEn
     # The same object may have been changed in place, so its fingerprint is asked again.
     if old is not None and module is old.model.module and old.computes(old.model.fingerprint()):
         return old, unchanged(old)
-    model = adopt(module, name)
-    if model.holds_variables:
-        return register_holding(old, name, model)
-    fingerprint = model.fingerprint()
-    if old is None or old.model.api != model.api:
-        return ModelEntry(name, model, fingerprint), Registration(name, "new" if old is None else "changed")
-    return (old, unchanged(old)) if old.computes(fingerprint) else _edited(old, model, fingerprint)
+    return compare(old, new_entry(name, adopt(module, name)).registered())
+
+
+def new_entry(name: str, model: Model) -> ModelEntry:
+    """The entry of a model of which nothing is known yet."""
+    kinds: Mapping[str, Callable[..., ModelEntry]] = {"linen": LinenEntry, "nnx": NnxEntry}
+    return kinds[model.api](name, model, None)
+
+
+def compare(old: ModelEntry | None, entry: ModelEntry) -> tuple[ModelEntry, Registration]:
+    """Of the entry that a name has and a new one: the one to keep, or one with what both have, and how they compare."""
+    if old is None:
+        return entry, Registration(entry.name, "new")
+    if old.model.api != entry.model.api:
+        return entry, Registration(entry.name, "changed", variables="own" if entry.ready else "none")
+    return _compare(old, entry)
 
 
 def unchanged(old: ModelEntry) -> Registration:
@@ -77,33 +89,28 @@ def unchanged(old: ModelEntry) -> Registration:
     return Registration(old.name, "unchanged", variables="kept" if old.ready else "none")
 
 
-def register_holding(
-    old: ModelEntry | None, name: str, model: ModelWithVariables, built: BuiltBySession | None = None
-) -> tuple[ModelEntry, Registration]:
-    """`register` for a module that holds its own variables (NNX).
+def _compare_modules(old: NnxEntry, new: ModelEntry) -> tuple[ModelEntry, Registration]:
+    """`compare` for modules that hold their own variables (NNX).
 
     If an unchanged cell built an equal module again, the old one stays. After an edit the old variables move into the
     new module if all of them fit. If not, or if only initial values differ (another seed), the new one keeps its own.
     """
-    fingerprint, first = model.fingerprint(), model.sample()
-    entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
-    if old is None:
-        return entry, Registration(name, "new")
+    entry, name, model, fingerprint = new.nnx, new.name, new.nnx.model, new.fingerprint
     # The same object, changed in place: what it holds is the model.
     if model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
     # After `--fresh` nothing of the old module is carried over.
-    if old.model.api != model.api or old.rebuild_next:
+    if old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
-    same = old.computes(fingerprint)
-    if same and first == old.initial_sample:
+    same, same_values = old.computes(fingerprint), entry.initial_sample == old.initial_sample
+    if same and same_values:
         return old, unchanged(old)
-    changes = ("initial values",) if same else differences(_shapes(old.nnx), _shapes(model))
+    changes = ("initial values",) if same else differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     # The kept values are outdated if the edited code would begin with others.
-    values = old.nnx.collections()
-    outdated = old.outdated or first != old.initial_sample
+    values = old.model.collections()
+    outdated = old.outdated or not same_values
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
     entry = replace(entry, optimizer=old.optimizer, training=old.training)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
@@ -114,9 +121,12 @@ def _shapes(model: ModelWithVariables) -> PyTree:
     return jax.eval_shape(lambda: variables)
 
 
-def _edited(old: ModelEntry, model: ModelWithInit, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
-    """An edited linen model: the old variables stay if its init would make the same names, shapes and dtypes."""
-    entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
+def _compare_inits(old: LinenEntry, new: ModelEntry) -> tuple[ModelEntry, Registration]:
+    """`compare` for linen models: the old variables stay if the init would make the same names, shapes and dtypes."""
+    if old.computes(new.fingerprint):
+        return old, unchanged(old)
+    model = new.linen.model
+    entry = replace(old, model=model, fingerprint=new.fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
     old_init = old.init
@@ -138,6 +148,9 @@ def _edited(old: ModelEntry, model: ModelWithInit, fingerprint: bytes | None) ->
     return entry, Registration(old.name, "changed", variables="kept")
 
 
+_compare = by_kind(_compare_inits, _compare_modules)
+
+
 def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
     """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`; leaves of `params` without that prefix."""
     before, after = named_leaves(old), named_leaves(new)
@@ -156,31 +169,22 @@ def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
     return tuple(out)
 
 
-def assigned(
-    entry: ModelEntry, variables: PyTree, written: Written, cell: int | None
-) -> tuple[ModelEntry, Callable[[], None] | None]:
-    """The entry with `variables`, and a function that writes them into an NNX module (None for a linen model).
-
-    Raises:
-      FlaxMagicsError: they do not fit, or one of their arrays was deleted.
-    """
+def _into_session(entry: LinenEntry, variables: PyTree, written: Written, cell: int | None) -> Assigned:
+    """Checks variables for a linen model, and keeps them."""
     # `previous_init` still tells what fits, after `init` no longer describes these variables.
-    entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
-    entry = replace(entry, training=None)
-    if entry.model.holds_variables:
-        return _into_module(entry, entry.model, variables, written, cell)
+    entry = replace(entry, previous_init=entry.last_init)
     if variables is None:
-        return replace(entry, variables=None, source=None), None
+        return entry.with_variables(None, None), None
     expected, optional = _expected(entry)
     check_collections(entry.name, variables, written, expected)
     if expected is not None:
         check_fit(entry.name, variables, written, expected, optional)
     source = WeightSource.assigned(cell, variables)
     check_alive(f"these variables of `{entry.name}`", variables)
-    return replace(entry, variables=variables, source=source), None
+    return entry.with_variables(variables, source), None
 
 
-def _expected(entry: ModelEntry) -> tuple[Collections | None, frozenset[str]]:
+def _expected(entry: LinenEntry) -> tuple[Collections | None, frozenset[str]]:
     """Variables that fit the model, and the collections that are optional; None where no init has shown what fits."""
     init = entry.previous_init
     if init is None or entry.variables is None:
@@ -189,20 +193,30 @@ def _expected(entry: ModelEntry) -> tuple[Collections | None, frozenset[str]]:
     return entry.variables, frozenset(name for name in entry.variables if name not in by_init)
 
 
-def _into_module(
-    entry: ModelEntry, model: ModelWithVariables, variables: object, written: Written, cell: int | None
-) -> tuple[ModelEntry, Callable[[], None]]:
+def _into_module(entry: NnxEntry, variables: PyTree, written: Written, cell: int | None) -> Assigned:
     """Checks variables for an NNX module. Those that are not given stay as they are, as in `nnx.update`."""
-    name = entry.name
-    check_state(name, variables, written, model.module)
-    held, values = _by_path(model.own_variables()), model.read_state(name, variables)
+    name, model = entry.name, entry.model
+    values, held = entry.read_given(variables, written), _by_path(model.own_variables())
     # A state may also have streams and sown values, which are not compared; `read_state` refuses unknown paths.
     wrong = misfits(held, {path: leaf for path, leaf in _by_path(values).items() if path in held})
     if wrong:
         raise unfit(name, wrong)
     check_alive(f"these variables of `{name}`", values)
     source = WeightSource.assigned(cell, {kind: values[kind] for kind in model.collections()}, in_module=True)
-    return replace(entry, rebuild_next=False, source=source), lambda: model.assign(values)
+    entry = replace(entry, update_counts={}, outdated=False, training=None, rebuild_next=False, source=source)
+    return entry, lambda: model.assign(values)
+
+
+assigned = by_kind(_into_session, _into_module)
+"""The entry with other variables, and what writes them into the module of an NNX entry.
+
+Args:
+  written: how the user gave them.
+  cell: the number of the notebook cell; None in a script.
+
+Raises:
+  FlaxMagicsError: they do not fit, or one of their arrays was deleted.
+"""
 
 
 def _by_path(values: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Leaf]:

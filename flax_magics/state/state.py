@@ -39,7 +39,7 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
       source: the code of its classes, empty where that cannot be read.
       variables: by collection; None for a linen model before its init. Of an NNX module by type and path, with the
         keys and counts of random streams.
-      stale: `ModelEntry.rebuild_next`.
+      stale: `NnxEntry.rebuild_next`.
       made: how a linen model's variables were initialised; None where no init of the model is known.
       assigned: the user has put other variables in their place.
       keys: with which the session built an NNX module; None where the user's code did.

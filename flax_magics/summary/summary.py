@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,10 +30,8 @@ from ..models.base import CallTrace, Model
 from ..models.calls import LONGEST, Called, Calls, Path, marks_of
 from ..models.switch import WHEN_TRAINING
 from ..rng.keys import Draw
+from ..state.entry import LinenEntry, ModelEntry, by_kind
 from .view import Array, Module, Summary, innermost, total
-
-if TYPE_CHECKING:
-    from ..state.entry import ModelEntry
 
 LOOP = "a loop (scan, while) counts as one turn of it: XLA does not know how many there are"
 NO_COUNT = "this backend counts no FLOPs"
@@ -85,7 +83,7 @@ def of_call(
         traced, record, variables = call_traced.traced, call_traced.trace, call_traced.request.variables
         phase(f"counting {entry.name}")
         program, calls, costs = traced.jaxpr.jaxpr, record.calls or Calls(), _Costs(backward)
-        pieces = _pieces(program, calls, _handed_back(prepared.model, traced, variables))
+        pieces = _pieces(program, calls, _handed_back(entry, traced, variables))
         # A module without equations costs nothing.
         flops = defaultdict(lambda: costs.count([]), {path: costs.count(parts) for path, parts in pieces.items()})
         modules = modules_of(prepared.model, variables, _called_in(calls, program), record.asked, flops)
@@ -102,18 +100,19 @@ def of_call(
     return Summary(*about, modules, *flops[None], collections, sown, tuple(notes))
 
 
-def _handed_back(model: Model, traced: Any, variables: Mapping[str, PyTree]) -> frozenset[Var]:
+def _unwritten(entry: LinenEntry, traced: Any, variables: Mapping[str, PyTree]) -> frozenset[Var]:
     """Inputs of the program that hold variables which the model does not write.
 
     Flax's count of the backward pass lets linen's `apply` return every collection, written or not, which costs one
     addition for each parameter's gradient. To agree with it, these inputs count as returned.
     """
-    if model.holds_variables:
-        return frozenset()
     _, updates = traced.out_info
     written = set(_paths(updates))
     inputs = zip(traced.jaxpr.jaxpr.invars, _paths(variables), strict=False)  # the variables' leaves come first
     return frozenset(var for var, path in inputs if path not in written)
+
+
+_handed_back = by_kind(_unwritten, lambda entry, traced, variables: frozenset())
 
 
 def _paths(tree: PyTree) -> list[str]:

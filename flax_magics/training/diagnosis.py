@@ -99,8 +99,8 @@ def why_of_step(
         return f"the loss is {_number(np.asarray(loss))}" if is_bad(loss) else "its gradients or variables are not"
     gradients = evaluated.gradients
     if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
-        return _not_finite(loss, layers.of(gradients, step.loss.model, request.variables), evaluated)
-    params, grads = step.as_tree(step.loss.parameters(request.variables).trained), gradients.grads
+        return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
+    params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
     changed = step.updated(params, grads, opt_state)[0]
     paths = jax.tree_util.tree_flatten_with_path(changed)[0]
     bad = next((_steps_of(path) for path, leaf in paths if is_bad(leaf)), "a parameter")

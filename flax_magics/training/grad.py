@@ -31,8 +31,9 @@ from ..run import Note, Run, like
 from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
-from . import by_hand, diagnosis, layers
-from .loss import METHOD, Gradients, Loss, OtherNet, check_arguments, is_frozen, transformed
+from . import diagnosis, layers
+from .loss import METHOD, Loss, OtherNet, check_arguments, transformed
+from .nets import is_frozen
 
 
 class LossCall(Struct, frozen=True):
@@ -143,19 +144,19 @@ def grad_model(
     with leaks_told(loss.name):
         execution = execute(ready.request)
     made, gradients = execution.variables.made, execution.result.output
-    names = _written(gradients, nnx=entry.model.holds_variables)
+    names = loss.collections_of(gradients.updates)
     run = record.run_of_apply(
         execution,
         (),
         notes=(),
         started=started,
-        made=made_of(entry.nnx.collections()) if anew else made,
+        made=made_of(entry.nnx.model.collections()) if anew else made,
         changed={},
         dropped=tuple(sorted(names)),
         first=state.runs is None,
         registered="" if name in state.models else entry.model.describe(),
     )
-    rows = layers.of(gradients, entry.model, execution.built.request.variables)
+    rows = layers.of(gradients, loss, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
     run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in ready.read])))
@@ -165,7 +166,7 @@ def grad_model(
     after = _learned(execution, entry, loss)
     if not anew:
         return record.Outcome(run, stored, draw, after)
-    users_model, new_model = users_entry.nnx, entry.nnx
+    users_model, new_model = users_entry.nnx.model, entry.nnx.model
     return record.Outcome(
         run, stored, draw, replace(after, model=users_model), write=lambda: users_model.become(new_model)
     )
@@ -177,26 +178,15 @@ def _with_variables(argument: PyTree, others: Iterable[ModelEntry]) -> PyTree:
     return argument if other is None or other.variables is None else OtherNet(argument, other.variables)
 
 
-def _written(gradients: Gradients, *, nnx: bool) -> set[str]:
-    """The collections (NNX: variable types) that the loss wrote."""
-    if not nnx:
-        return set(gradients.updates)
-    from ..models.nnx_graph import flat_state
-
-    return {type(leaf).__name__ for _, leaf in flat_state(gradients.updates)}
-
-
 def _learned(execution: Execution, entry: ModelEntry, loss: Loss) -> ModelEntry:
     """The entry with variables that the run initialised, and with what it learned of the call; else as before."""
     of_loss, mode = execution.variables.entry, execution.request.bound.mode
-    init = of_loss.init
     # After an edit of the net its init is traced again with this call, which is the loss's.
-    if execution.variables.made is not None and init is not None:
-        init = replace(init, method=loss.function)
+    if execution.variables.made is not None and of_loss.init is not None:
+        of_loss = replace(of_loss, init=replace(of_loss.init, method=loss.function))
     return replace(
         of_loss,
         model=entry.model,
-        init=init,
         known_needs={**entry.known_needs, (METHOD, mode): execution.result.needs},
         static_ints=entry.static_ints | {(METHOD, name) for name in execution.arguments.forced},
     )
@@ -216,7 +206,7 @@ def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dic
     code = ""
     if not facts.axes and not loss.freeze:
         in_mode = cast("Loss", bound.model)
-        code = by_hand.lines(in_mode, text, fields, facts.streams, mutable, metrics=metrics)
+        code = in_mode.lines(text, fields, facts.streams, mutable, metrics=metrics)
     return {"by_hand": code, "spelling": facts}
 
 
@@ -260,10 +250,9 @@ def of_switch(name: str, bound: BoundCall, trace: CallTrace, loss: Loss) -> Iter
 
 def of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:
     """Patterns that match no parameter, with the nearest name of one."""
-    paths = list(layers.parameter_paths(entry.model, variables))
+    paths = list(layers.parameter_paths(loss, variables))
     for pattern in loss.freeze:
-        kinds = set(variables) if entry.model.holds_variables else set()
-        if pattern in kinds or any(is_frozen("/".join(path), (pattern,)) for path in paths):
+        if pattern in loss.types(variables) or any(is_frozen("/".join(path), (pattern,)) for path in paths):
             continue
         modules = dict.fromkeys("/".join(path[:n]) for path in paths for n in range(1, len(path) + 1))
         near = nearest(pattern, modules, 1)

@@ -10,43 +10,43 @@ import numpy as np
 
 from ..base.measures import LayerGradient
 from ..base.types import Leaf, PyTree
-from ..models.base import Model, Variables
+from ..models.base import Variables
 from ..models.calls import Path
-from .loss import Gradients
+from .loss import Gradients, Loss
 
 
-def parameter_paths(model: Model, variables: Variables) -> Iterator[Path]:
+def parameter_paths(loss: Loss, variables: Variables) -> Iterator[Path]:
     """The path of each parameter, its own name last."""
-    return (path for path, _ in _parameters(model, variables))
+    return (path for path, _ in _parameters(loss, variables))
 
 
-def _parameters(model: Model, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
-    kinds = model.trainable() if model.holds_variables else frozenset({"params"})
+def frozen_modules(loss: Loss, variables: Variables) -> set[Path]:
+    """The modules of which some parameters are frozen."""
+    trained = {path for path, _ in loss.rows(loss.as_users(loss.parameters(variables)))}
+    return {path[:-1] for path in parameter_paths(loss, variables) if path not in trained}
+
+
+def _parameters(loss: Loss, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
+    kinds = loss.trainable()
     own = {name: tree for name, tree in variables.items() if name in kinds}
-    for name, path, leaf, _ in model.iter_variables(own):
+    for name, path, leaf, _ in loss.iter_variables(own):
         if name in kinds:
             yield path, leaf
 
 
-def _gradients(gradients: Gradients, model: Model) -> dict[Path, list[Leaf]]:
+def _gradients(gradients: Gradients, loss: Loss) -> dict[Path, list[Leaf]]:
     """The gradient of each parameter that has one, by path; several arrays for a box that holds several."""
     found: dict[Path, list[Leaf]] = {}
-    if model.holds_variables:
-        from ..models.nnx_graph import flat_state
-
-        rows: Any = ((tuple(map(str, path)), leaf) for path, leaf in flat_state(gradients.grads))
-    else:
-        rows = ((path, leaf) for _, path, leaf, _ in model.iter_variables({"params": gradients.grads}))
-    for path, leaf in rows:
+    for path, leaf in loss.rows(gradients.grads):
         found.setdefault(path, []).extend(jax.tree_util.tree_leaves(leaf))
     return found
 
 
-def of(gradients: Gradients, model: Model, variables: Variables) -> tuple[LayerGradient, ...]:
+def of(gradients: Gradients, loss: Loss, variables: Variables) -> tuple[LayerGradient, ...]:
     """One row for each module that holds parameters, in the order of the variables."""
-    classes, measured = model.module_classes(), _gradients(gradients, model)
+    classes, measured = loss.module_classes(), _gradients(gradients, loss)
     rows: dict[Path, list[LayerGradient]] = {}
-    for path, weight in _parameters(model, variables):
+    for path, weight in _parameters(loss, variables):
         owner, parts = path[:-1], measured.get(path)
         gradient = parts.pop(0) if parts else None
         rows.setdefault(owner, []).append(_measured(weight, gradient))

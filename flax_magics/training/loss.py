@@ -8,7 +8,6 @@ call is bound, initialised, traced, compiled, run, kept and replayed is written 
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +19,6 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..base.digest import describe, kind_of
-from ..base.private import trace_of
 from ..base.text import clean
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
@@ -28,7 +26,16 @@ from ..code.library import is_module, loads_of, nnx_modules
 from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, written
 from ..line.expression import positional_names, with_arguments
-from ..models.base import ARGUMENTS, SOWN, CallTrace, Forward, Model, ModelRecord, Needs, Variables
+from ..models.base import (
+    ARGUMENTS,
+    SOWN,
+    CallTrace,
+    Forward,
+    Model,
+    ModelRecord,
+    Needs,
+    Variables,
+)
 from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
 from ..models.switch import call_switches
 from ..report.html import render
@@ -109,12 +116,13 @@ class OtherNet:
         return cls(module, *children)
 
 
-def _bound(argument: PyTree) -> PyTree:
+def bound(argument: PyTree) -> PyTree:
+    """An argument of a loss as the loss is given it."""
     return argument.module.bind(argument.variables) if isinstance(argument, OtherNet) else argument
 
 
 class Loss(Struct, frozen=True, eq=False):
-    """A net with a loss, as a model; everything that is not defined here is the net's own.
+    """A net with a loss, as a model: a `LinenLoss` or an `NnxLoss` (nets.py). What is not defined there is the net's own.
 
     Attributes:
       model: the net's.
@@ -130,11 +138,6 @@ class Loss(Struct, frozen=True, eq=False):
     freeze: tuple[str, ...] = ()
     graded: bool = True
     _code: Fingerprint = field(default_factory=lambda: Fingerprint(None))
-
-    @classmethod
-    def of(cls, model: Model, function: Function, name: str, freeze: tuple[str, ...] = ()) -> Loss:
-        """The loss `function` of a net; see above for the rest."""
-        return cls(model, function, name, freeze, True, Fingerprint(function))
 
     def as_model(self) -> Model:
         """Itself, as what it is to `execution/`: mypy does not see what `__getattr__` hands on."""
@@ -196,23 +199,6 @@ class Loss(Struct, frozen=True, eq=False):
             return replace(model, around=lambda model: replace(self, model=model).as_model())
         return replace(self, model=model)
 
-    def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> dict[str, PyTree]:
-        """`flax.linen.init(loss, net)`."""
-        assert not self.model.holds_variables
-        try:
-            args, kwargs = tuple(map(_bound, args)), {name: _bound(value) for name, value in kwargs.items()}
-            variables = self.model.init(key, self.function, args, kwargs)
-            leaks = any(trace_of(leaf) not in (None, trace_of(key)) for leaf in jax.tree_util.tree_leaves(variables))
-        except jax.errors.UnexpectedTracerError:
-            leaks = True
-        if leaks:
-            message = (
-                f"`{self.name}` cannot initialise the net: it calls it inside a transform of JAX's own (jax.checkpoint,"
-                " jax.grad, …), out of which no new variables come. Initialise it by a call of its own before."
-            )
-            raise FlaxMagicsError(message, form="%flax_init net(…)")
-        return variables
-
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """`jax.value_and_grad` of the loss by the parameters that are not frozen; its output are Gradients.
 
@@ -221,15 +207,15 @@ class Loss(Struct, frozen=True, eq=False):
         run = self.model.forward(self.function, ask, record, root_impl)
 
         def graded(variables: Variables, keys: Mapping[str, Any], args: Args, kwargs: Kwargs) -> tuple[PyTree, PyTree]:
-            parameters = self.parameters(variables)
+            trained = self.parameters(variables)
             loss_of = self.of_parameters(run, variables, (keys, args, kwargs))
             if not self.graded:
-                value, (metrics, _) = loss_of(parameters.trained)
+                value, (metrics, _) = loss_of(trained)
                 return (value, metrics), {}
-            (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(parameters.trained)
+            (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
             sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}
             kept = {name: tree for name, tree in updates.items() if name not in sown and name[0] != ARGUMENTS[0]}
-            return Gradients(value, metrics, *self._as_users(grads, kept)), sown
+            return Gradients(value, metrics, self.as_users(grads), self.updates(kept, grads)), sown
 
         return graded
 
@@ -242,14 +228,13 @@ class Loss(Struct, frozen=True, eq=False):
           run: the net's `forward` of the loss.
           given: keys, and the arguments after the net.
         """
-        parameters = self.parameters(variables)
 
         def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
             # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
             keys, args, kwargs = jax.tree_util.tree_map(lambda leaf: leaf, given)
-            args, kwargs = tuple(map(_bound, args)), {name: _bound(value) for name, value in kwargs.items()}
+            args, kwargs = tuple(map(bound, args)), {name: bound(value) for name, value in kwargs.items()}
             try:
-                output, updates = run(parameters.put_into(variables, trained), keys, args, kwargs)
+                output, updates = run(self.put_into(variables, trained), keys, args, kwargs)
             except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
                 raise transformed(self.name, error) from None
             value, metrics = read(self.name, output)
@@ -257,104 +242,17 @@ class Loss(Struct, frozen=True, eq=False):
 
         return loss_of
 
-    def parameters(self, variables: Variables) -> Parameters:
-        """The net's parameters in `variables`. Raises FlaxMagicsError where there is none to take gradients by."""
-        if self.model.holds_variables:
-            parameters = Parameters.of_nnx(variables, self.model.trainable(), self.freeze)
-        else:
-            parameters = Parameters.of_linen(variables, self.freeze)
-        if not jax.tree_util.tree_leaves(parameters.trained):
-            why = "all of them are frozen" if parameters.frozen else "it has none"
+    def parameters(self, variables: Variables) -> PyTree:
+        """Those of the net's parameters that gradients are taken by. Raises FlaxMagicsError where there are none."""
+        trained = self.parted(variables, self.freeze)
+        if not jax.tree_util.tree_leaves(trained):
+            why = "all of them are frozen" if jax.tree_util.tree_leaves(self.parted(variables, ())) else "it has none"
             raise FlaxMagicsError(f"there is no parameter of the net to take gradients by: {why}.")
-        return parameters
-
-    def _as_users(self, grads: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
-        """Gradients and updates as by hand: for an NNX module `nnx.State`s, without keys and counts of streams."""
-        if not self.model.holds_variables:
-            return grads, updates
-        model = self.model
-        # A transform inside the model hands back parameters too, unchanged.
-        written = {name: tree for name, tree in updates.items() if name not in {*model.layout.random, *grads}}
-        return model.as_state(grads), model.as_state(written)
+        return trained
 
     def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
-        """Empty: whether the loss returns metrics shows in its output only, see `by_hand.lines`."""
+        """Empty: whether the loss returns metrics shows in its output only, see `lines`."""
         return ""
-
-
-class Parameters(Struct, frozen=True):
-    """The parameters of a net, parted into those with gradients and those without.
-
-    Attributes:
-      trained: those that gradients are taken by: nested like linen's `params`, or type → path → array of NNX.
-      frozen: names of the others.
-      linen: how the names are nested.
-    """
-
-    trained: PyTree
-    frozen: tuple[str, ...]
-    linen: bool
-
-    @classmethod
-    def of_linen(cls, variables: Variables, freeze: tuple[str, ...]) -> Parameters:
-        """Those of the collection `params`."""
-        frozen: list[str] = []
-        trained = _without(variables.get("params", {}), freeze, frozen)
-        return cls(trained, tuple(frozen), True)
-
-    @classmethod
-    def of_nnx(cls, variables: Variables, trainable: frozenset[str], freeze: tuple[str, ...]) -> Parameters:
-        """Those of the types `trainable`: `nnx.Param` and what is derived of it."""
-        trained: dict[str, dict[str, PyTree]] = {}
-        frozen = []
-        for kind in trainable & set(variables):
-            for name, value in variables[kind].items():
-                if is_frozen(name, freeze) or any(fnmatch.fnmatchcase(kind, pattern) for pattern in freeze):
-                    frozen.append(name)
-                else:
-                    trained.setdefault(kind, {})[name] = value
-        return cls(trained, tuple(frozen), False)
-
-    def put_into(self, variables: Variables, trained: PyTree) -> Variables:
-        """`variables` with `trained` in the place of the trained ones."""
-        if not self.linen:
-            return {**variables, **{kind: {**variables[kind], **values} for kind, values in trained.items()}}
-        if not self.frozen:
-            return {**variables, "params": trained}
-        return {**variables, "params": _over(variables["params"], trained)}
-
-
-def _without(tree: PyTree, freeze: tuple[str, ...], frozen: list[str], at: str = "") -> PyTree:
-    """The tree without its frozen leaves, whose names are added to `frozen`; the tree itself where none is."""
-    if not freeze or not isinstance(tree, Mapping):
-        return tree
-    left = {}
-    for name, value in tree.items():
-        path = f"{at}/{name}" if at else str(name)
-        if not isinstance(value, Mapping):
-            if is_frozen(path, freeze):
-                frozen.append(path)
-                continue
-        else:
-            value = _without(value, freeze, frozen, path)
-            if not value:
-                continue
-        left[name] = value
-    return left
-
-
-def _over(tree: PyTree, trained: PyTree) -> PyTree:
-    """The tree with the leaves of `trained` in the place of its own."""
-    if not isinstance(tree, Mapping):
-        return trained
-    return {name: _over(value, trained[name]) if name in trained else value for name, value in tree.items()}
-
-
-def is_frozen(path: str, freeze: tuple[str, ...]) -> bool:
-    """Whether a pattern matches the path of a parameter, or of a module around it: `encoder`, `*/bias`, `Dense_?`."""
-    steps = path.split("/")
-    around = ["/".join(steps[:n]) for n in range(1, len(steps) + 1)]
-    return any(fnmatch.fnmatchcase(one, pattern) for pattern in freeze for one in around)
 
 
 def read(name: str, output: PyTree) -> tuple[Leaf, Mapping[str, Leaf] | None]:

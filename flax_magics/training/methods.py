@@ -18,7 +18,8 @@ from ..run import RELEASED
 from ..state.handles import entry_of
 from ..state.runs import RunLog, StoredRun, backwards, with_newer
 from ..state.training import Optimizer, Training, TrainOptions
-from .loss import METHOD, Loss, check
+from .loss import METHOD, check
+from .nets import loss_of
 
 if TYPE_CHECKING:
     from ..compile.cache import Services
@@ -152,7 +153,7 @@ class LossMethods:
         with entry.model.held_still:
             entry.model.has_same_layout()
             freeze = options.freeze if entry.training is None or not options.resume else entry.training.freeze
-            loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
+            loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
             begun = None if options.resume else beginning_of(state, entry, loss, call, options, self._keeping.limit)
             commit = Committing(self, state, begun)
             said = (*more, *notes)
@@ -180,7 +181,7 @@ class LossMethods:
         entry, more = self._entry_now(name, module)
         with entry.model.held_still:
             entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
-            loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
+            loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
             outcome = grad_model(state, entry, loss, call, self.services, mode=mode, said=(*more, *notes))
             self._commit(state, outcome)
         return outcome.run

@@ -14,8 +14,6 @@ from ..base.types import PyTree
 from ..compile.cache import Services
 from ..errors import FlaxMagicsError
 from ..execution.call import Call
-from ..models.base import Model, ModelRecord
-from ..models.construction import adopt_built
 from ..rng.keys import Draw, RootKey, RunKeys, StepDraw
 from ..run import Run
 from ..state.entry import ModelEntry, Origin, TrainRecipe
@@ -26,6 +24,7 @@ from . import data as training_data
 from .data import ArrayData, BatchData, Data
 from .grad import LossCall, grad_model
 from .loss import METHOD, Loss
+from .nets import loss_of
 from .options import data_text
 from .train import Progress, Trainer
 
@@ -84,7 +83,7 @@ class Again:
         self.draw: Draw = stored.facts.keys.draw.first
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
         entry = _entry_of(recipe, stored.origin)
-        self.loss = Loss.of(entry.model, recipe.function, recipe.loss, recipe.options.freeze)
+        self.loss = loss_of(entry.model, recipe.function, recipe.loss, recipe.options.freeze)
         self.call = Call(METHOD, args, kwargs, recipe.call, command="%flax_replay")
         root = RootKey(self.draw.seed, self.draw.number - 1, self.draw.root, self.draw.impl)
         self.state = State(root, {**models, entry.name: entry})
@@ -138,13 +137,8 @@ class Again:
 
 def _entry_of(recipe: TrainRecipe, origin: Origin) -> ModelEntry:
     """The net as it was when the training began."""
-    entry = recipe.entry
     variables = None if recipe.structure is None else jax.tree_util.tree_unflatten(recipe.structure, origin.leaves)
-    record: Any = entry.model
-    if not isinstance(record, ModelRecord) or variables is None:
-        return replace(entry, variables=variables)
-    model: Model = adopt_built(record.skeleton.rebuild(variables), record.written)
-    return replace(entry, model=model)
+    return recipe.entry.with_arrays(variables)
 
 
 def check_step(run: Run, step: int) -> None:

@@ -81,11 +81,11 @@ class Step(Struct, frozen=True, eq=False):
         args, kwargs = self.arguments.rebuild(arguments)
         loss_of = self.loss.of_parameters(run, state.variables, (keys, args, kwargs))
 
-        trained = self.loss.parameters(state.variables).trained
+        trained = self.loss.parameters(state.variables)
         (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        params, opt_state = self.updated(self.as_tree(trained), self.as_tree(grads), state.opt_state)
+        params, opt_state = self.updated(self.loss.as_users(trained), self.loss.as_users(grads), state.opt_state)
         variables = with_updates(state.variables, updates, record)
-        variables = self.loss.parameters(variables).put_into(variables, self._as_values(params, trained))
+        variables = self.loss.put_into(variables, self._as_values(params, trained))
         alive = state.alive & is_finite((value, grads, variables))
         # A `cond` and not a `where`, which changes the bits of what XLA joins with it.
         variables, opt_state = jax.lax.cond(
@@ -112,19 +112,12 @@ class Step(Struct, frozen=True, eq=False):
         changes, opt_state = self.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, changes), opt_state
 
-    def as_tree(self, values: PyTree) -> PyTree:
-        """Parameters or gradients as the optimizer gets them: like `variables['params']`, or as an `nnx.State`."""
-        model = self.loss.model
-        return model.as_state(values) if model.holds_variables else values
-
     def _as_values(self, tree: PyTree, like: PyTree) -> PyTree:
-        """The inverse of `as_tree`; `like` has the places of the leaves."""
-        if not self.loss.model.holds_variables:
-            return tree
+        """The inverse of `Loss.as_users`; `like` has the places of the leaves."""
         leaves, treedef = jax.tree_util.tree_flatten(like)
         filled = partial(jax.tree_util.tree_unflatten, treedef)
         # The numbers of the leaves, sent the same way, tell where each has come to stand.
-        places = jax.tree_util.tree_leaves(self.as_tree(filled(range(len(leaves)))))
+        places = jax.tree_util.tree_leaves(self.loss.as_users(filled(range(len(leaves)))))
         ordered = dict(zip(places, jax.tree_util.tree_leaves(tree), strict=True))
         return filled([ordered[n] for n in range(len(leaves))])
 

@@ -26,15 +26,15 @@ from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
-from ..models.base import CallTrace, MissingVariables
+from ..models.base import MissingVariables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
-from ..run import RELEASED, InitStats, Note, Run
-from ..state.entry import ModelEntry
+from ..run import RELEASED, Note, Run
+from ..state.entry import ModelEntry, NnxEntry, by_kind
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
-from . import by_hand
+from . import by_hand, layers
 from . import data as training_data
 from .data import ArrayData, BatchData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
@@ -151,7 +151,7 @@ class Trainer:
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
-        written = self._written(self.traced.trace)
+        written = self.loss.written(self.traced.trace)
         bound = self.request.bound
         self.spelling = by_hand.facts_of_training(bound, self.variables, self.traced, written, taken=self.taken)
         self.notes = (*said, *self._notes())
@@ -189,7 +189,7 @@ class Trainer:
         )
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
-        trained = self.step.as_tree(self.loss.parameters(values).trained)
+        trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
         else:
@@ -232,17 +232,11 @@ class Trainer:
             unfinished=services.programs.unfinished,
         )
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The collections that have parameters."""
-        net = self.loss.model
-        return net.trainable() if net.holds_variables else frozenset({"params"})
-
     def _initialise(self) -> RunVariables:
         """Initialises a linen net in the training's own draw, by `flax.linen.init(loss, net)` with the first batch."""
-        entry, request = self.request.entry, self.request
+        entry, request = self.request.entry.linen, self.request
         self.services.on_phase(f"initialising {self.name}")
-        model, call = prepare_init(self.name, entry.linen, request.bound.call)
+        model, call = prepare_init(self.name, entry.model, request.bound.call)
         init = initialising(model, call, self.draw, self.services.programs.units, taken=request.params_taken)
         values, record = init.finish()
         source = WeightSource.initialised(self.draw, values)
@@ -258,8 +252,8 @@ class Trainer:
             found.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
-        frozen = {tuple(path.split("/"))[:-1] for path in self.loss.parameters(self.traced.request.variables).frozen}
-        found += notes_of_unused(self.traced, self.kinds, frozen)
+        frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
+        found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None and not self.data.exact:
             text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
@@ -354,20 +348,10 @@ class Trainer:
         curve, state = replace(loop.curve, task=self.task), loop.state
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
-        output = RELEASED if not final else values if not entry.model.holds_variables else entry.nnx.as_state(values)
+        output = self.loss.as_users(values) if final else RELEASED
         run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
-        write = None
-        if entry.model.holds_variables:
-            model, anew, new_model = entry.nnx, ready.anew, ready.entry.model
-
-            def write() -> None:
-                if anew and new_model.holds_variables:
-                    model.become(new_model)
-                    model.has_same_layout()
-                model.assign(values)
-
         self._has_committed = True
-        self.commit(Progress(run, entry, self.draw, write, self.resumed is not None))
+        self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
         return run
 
     def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
@@ -375,12 +359,8 @@ class Trainer:
         options, users = self.options, self.state.models.get(self.name, self.ready.entry)
         before, record = self.variables.entry, self.traced.trace
         steps = len(curve.losses)
-        holds = before.model.holds_variables
         model = users.model if self.ready.anew else self.ready.entry.model
         source = WeightSource(f"trained, {plural(steps, 'step')}")
-        # In a module arrays are marked by a digest of some elements, which only the last commit waits for.
-        if final or not holds:
-            source = source.over(state.variables, in_module=holds)
         training = Training(
             draw=self.draw,
             taken=self.taken,
@@ -395,24 +375,16 @@ class Trainer:
             group=curve.group,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
-        counts = {name: before.update_counts.get(name, 0) + new for name in self._written(record)}
+        counts = {name: before.update_counts.get(name, 0) + new for name in self.loss.written(record)}
         return replace(
-            before,
+            before.trained(state.variables, source, last=final),
             model=model,
-            variables=None if holds else {**(before.variables or {}), **state.variables},
             known_needs={**before.known_needs, (METHOD, self.request.bound.mode): self.traced.needs},
             static_ints=before.static_ints | {(METHOD, name) for name in self.step.arguments.forced},
             update_counts={**before.update_counts, **counts},
-            source=source,
             optimizer=options.optimizer,
             training=training,
         )
-
-    def _written(self, record: CallTrace) -> set[str]:
-        """Names of the collections that the steps write besides the parameters."""
-        if not self.loss.model.holds_variables:
-            return set(record.written) - record.sown
-        return set(self.loss.model.own_variables(None) or {}) - self.loss.model.trainable()
 
     def _run(self, curve: Curve, output: PyTree, entry: ModelEntry) -> Run:
         """The Run of the finished steps."""
@@ -422,10 +394,11 @@ class Trainer:
             names["params (folded)"] = ("params", True)
         if self.options.batch is not None:
             names[SHUFFLE] = (SHUFFLE, False)
-        anew = self.ready.anew and entry.model.holds_variables
-        made: InitStats | None = made_of(self.ready.entry.nnx.collections()) if anew else self.variables.made
+        made = self.variables.made
+        if self.ready.anew:
+            made = made_of(self.ready.entry.nnx.model.collections())
         counts = {
-            name: entry.update_counts[name] for name in sorted(self._written(trace)) if name in entry.update_counts
+            name: entry.update_counts[name] for name in sorted(self.loss.written(trace)) if name in entry.update_counts
         }
         return Run(
             command="train",
@@ -439,7 +412,7 @@ class Trainer:
             draw=self.draw.number,
             keys=RunKeys(self.draw, names),
             used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in trace.asked.items()},
-            changed={**dict.fromkeys(sorted(self.kinds), len(curve.losses)), **counts},
+            changed={**dict.fromkeys(sorted(self.loss.trainable()), len(curve.losses)), **counts},
             device=devices_of(self.loop.state.variables),
             started=self.started,
             program=self.programs.origin,
@@ -466,6 +439,21 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
+
+
+def _into_module(entry: NnxEntry, ready: LossCall, values: dict[str, PyTree]) -> Callable[[], None] | None:
+    model = entry.model
+
+    def write() -> None:
+        if ready.anew:
+            model.become(ready.entry.nnx.model)
+            model.has_same_layout()
+        model.assign(values)
+
+    return write
+
+
+_write = by_kind(lambda entry, ready, values: None, _into_module)
 
 
 def of_data(text: str, arguments: Arguments, batch: PyTree) -> tuple[str, ...]:

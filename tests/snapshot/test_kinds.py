@@ -199,7 +199,7 @@ def leaves_of(session: Session) -> Any:
 def without_values(net: Any) -> Any:
     """`net`, no variable of which has its value if it is an NNX module."""
     model: Any = adopt(net, "net")
-    if model.holds_variables:
+    if model.api == "nnx":
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
         at_once([slot.assignment(jax.tree_util.tree_map(other_value, slot.read())) for slot in slots])
     return net

@@ -15,7 +15,8 @@ from sessions import session_of
 
 import flax_magics
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.training.loss import Gradients, is_frozen
+from flax_magics.training.loss import Gradients
+from flax_magics.training.nets import is_frozen
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
