@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -363,8 +364,11 @@ class Session(SessionView, LossMethods):
         stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
+        from .training.repeat import Again
 
-        replaying = Replaying(self._state.models, self.services, self.replay_bytes)
+        models, services = self._state.models, self.services
+        retrain = partial(Again, models=models, services=services)
+        replaying = Replaying(models, services, self.replay_bytes, retrain)
         found = table.find(self._state, draw)
         return replaying.replay_all(found) if step is None else [replaying.replay_step(found[-1], step)]
 

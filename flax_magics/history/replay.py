@@ -7,8 +7,8 @@ what its code reads from outside (globals, files) may have changed since, which 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -32,7 +32,6 @@ from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, TrainRecipe, objects_in
 from ..state.runs import StoredRun
-from ..training.repeat import Again, check_step
 
 
 class Repeat(NamedTuple):
@@ -46,17 +45,28 @@ class Repeat(NamedTuple):
     trained: Curve | None = None
 
 
+class Retrained(Protocol):
+    """A training that was done again up to some step."""
+
+    run: Run
+
+    def gradients(self) -> Run:
+        """The Run of the gradients in the step that comes next."""
+
+
 class Replaying(Struct, frozen=True):
     """Replays the runs of a session.
 
     Attributes:
       models: the registered ones as they are now.
       limit: the most bytes kept for replays, named in the error where something was dropped.
+      retrain: does so many steps of a training again.
     """
 
     models: Mapping[str, ModelEntry]
     services: Services
     limit: int
+    retrain: Callable[[StoredRun, int], Retrained]
 
     def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
         """Replays the runs of a draw, as new Runs. Each stored run counts its replays, and notes if any differed."""
@@ -110,7 +120,7 @@ class Replaying(Struct, frozen=True):
         if isinstance(how, BuildRecipe):
             return self._build(how, facts.keys)
         if isinstance(how, TrainRecipe):
-            run = Again(stored, self.models, self.services, facts.steps).run
+            run = self.retrain(stored, facts.steps).run
             said = (*self._edited(how), *_of_data(facts))
             return Repeat(run.output, {}, run.program, run.timing, said, run.trained)
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
@@ -211,10 +221,9 @@ class Replaying(Struct, frozen=True):
           FlaxMagicsError: there is no such step, or what it needs is gone. What the loss raises is passed on.
         """
         facts = stored.facts
-        check_step(facts, step)
+        _check_step(facts, step)
         self._check(stored)
-        again = Again(stored, self.models, self.services, step)
-        run = again.gradients()
+        run = self.retrain(stored, step).gradients()
         assert facts.trained is not None
         was, now = facts.trained.losses[step], np.asarray(run.output.loss).astype(np.float32)[()]
         agreement = replace(with_output(was, now), against="losses", said=_of_data(facts))
@@ -226,6 +235,17 @@ class Replaying(Struct, frozen=True):
         if current is not None and current.still(entry):
             return ()
         return (f"{entry.name} was edited since: this is its code as it was then",)
+
+
+def _check_step(run: Run, step: int) -> None:
+    """Raises FlaxMagicsError where a run has no such step."""
+    line = f"%flax_replay {run.seed}:{run.draw}"
+    if run.trained is None:
+        raise FlaxMagicsError(f"--step is a step of a training, and draw {run.draw} is none.", write=line)
+    if not 0 <= step < run.steps:
+        last = run.steps - 1
+        message = f"the training of draw {run.draw} has the steps 0 to {last}, and no step {step}."
+        raise FlaxMagicsError(message, write=line.replace("replay", f"replay --step {last}"))
 
 
 def _same_keys(facts: Run) -> str:

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from ..base.digest import bytes_of, own
 from ..base.types import PyTree
 from ..compile.cache import Services
-from ..errors import FlaxMagicsError
 from ..execution.call import Call
 from ..rng.keys import Draw, RootKey, RunKeys, StepDraw
 from ..run import Run
@@ -38,7 +37,7 @@ class Beginning(NamedTuple):
 
 
 def beginning_of(
-    state: State, entry: ModelEntry, loss: Loss, call: Call, options: TrainOptions, limit: int
+    state: State, entry: ModelEntry, loss: Loss, call: Call, options: TrainOptions, *, limit: int
 ) -> Beginning | None:
     """The beginning of a new training; None where it would hold more than `limit` bytes, or cannot be begun again.
 
@@ -68,11 +67,11 @@ class Again:
 
     Args:
       stored: its run, whose origin and inputs are there.
-      models: the registered ones as they are now, of which the loss may read others than the net.
       steps: how many are done.
+      models: the registered ones as they are now, of which the loss may read others than the net.
     """
 
-    def __init__(self, stored: StoredRun, models: Mapping[str, ModelEntry], services: Services, steps: int) -> None:
+    def __init__(self, stored: StoredRun, steps: int, models: Mapping[str, ModelEntry], services: Services) -> None:
         assert stored.origin is not None
         assert stored.inputs is not None
         recipe = stored.origin.how
@@ -139,14 +138,3 @@ def _entry_of(recipe: TrainRecipe, origin: Origin) -> ModelEntry:
     """The net as it was when the training began."""
     variables = None if recipe.structure is None else jax.tree_util.tree_unflatten(recipe.structure, origin.leaves)
     return recipe.entry.with_arrays(variables)
-
-
-def check_step(run: Run, step: int) -> None:
-    """Raises FlaxMagicsError where a run has no such step."""
-    line = f"%flax_replay {run.seed}:{run.draw}"
-    if run.trained is None:
-        raise FlaxMagicsError(f"--step is a step of a training, and draw {run.draw} is none.", write=line)
-    if not 0 <= step < run.steps:
-        last = run.steps - 1
-        message = f"the training of draw {run.draw} has the steps 0 to {last}, and no step {step}."
-        raise FlaxMagicsError(message, write=line.replace("replay", f"replay --step {last}"))
