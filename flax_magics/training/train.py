@@ -162,8 +162,10 @@ class Trainer:
         """Finds or initialises the variables, traces what the loss asks for, and makes the optimizer's state."""
         services, bound = self.services, self.request.bound
         self.loss = cast("Loss", bound.model)
-        with self.timed("init"):
-            variables = held_variables(self.request) or self._initialise()
+        variables = held_variables(self.request)
+        if variables is None:
+            with self.timed("init"):
+                variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
             request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
