@@ -336,7 +336,9 @@ class Trainer:
         if self.loop.stopped and self.loop.step:
             after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
             text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
-            notes.append(Note("stopped", text, **self._how_to_go_on()))
+            # Of a step that is not finite the error says how to go on, right below.
+            advice = {} if self.loop.failed is not None else self._how_to_go_on()
+            notes.append(Note("stopped", text, **advice))
         self.notes = tuple(notes)
         return self._commit(final=True)
 
