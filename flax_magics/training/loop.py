@@ -122,7 +122,7 @@ class Schedule:
         return step in self._ends or (self.per_epoch is not None and step % self.per_epoch == 0)
 
 
-class Loop:
+class TrainingLoop:
     """One training under way.
 
     Args:

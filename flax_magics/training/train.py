@@ -41,7 +41,7 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import Loop, NotFinite, Schedule, started
+from .loop import TrainingLoop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
@@ -217,7 +217,7 @@ class Trainer:
             self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
         resumed = self.resumed
-        self.loop = Loop(
+        self.loop = TrainingLoop(
             self.programs.of,
             beginning,
             self.data,
