@@ -41,7 +41,7 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import TrainingLoop, NotFinite, Schedule, started
+from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
