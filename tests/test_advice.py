@@ -491,6 +491,8 @@ SCENARIOS = [
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
     Scenario("training.train.train", "%flax_train --resume --steps 4 loss(net, x)",
              (NET, ROOTED, OPTAX, f"{TRAIN} --steps 2 loss(net, x);", "offset = jnp.nan"), use="offset = 1.0\n{}"),
+    Scenario("training.train._finish", f"{TRAIN} --steps 9 loss(net, data)",
+             (NET, SUM, OPTAX, "data = iter([x, x])"), use="data = [x, x]\n{}"),
     Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
              ("optax.sgd(0.1)", "2")),
     Scenario("training.options.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),
