@@ -285,7 +285,10 @@ class Trainer:
                 if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
-                    raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
+                    line = f"%flax_train --resume {self.call.text}"
+                    # As it is, the line would meet the same step again.
+                    hint = f"once the loss or its data are mended, `{line}` goes on with this step" if loop.step else None
+                    raise FlaxMagicsError(loop.stopped, hint=hint) from None
                 raise
             return self._finish()
 
@@ -330,15 +333,12 @@ class Trainer:
         if self.loop.stopped and self.loop.step:
             after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
             text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
-            # Of a step that is not finite the error says how to go on, right below.
-            advice = {} if self.loop.failed is not None else self._how_to_go_on()
-            notes.append(Note("stopped", text, **advice))
+            # Of a step that is not finite the error says when that is worth it, right below.
+            failed = self.loop.failed is not None
+            line = f"%flax_train --resume {self.call.text}"
+            notes.append(Note("stopped", text, **({} if failed else written(line))))
         self.notes = tuple(notes)
         return self._commit(final=True)
-
-    def _how_to_go_on(self) -> dict[str, str]:
-        """Advice: the line that goes on from the last finished step; none before the first one."""
-        return written(f"%flax_train --resume {self.call.text}") if self.loop.step else {}
 
     def _commit(self, *, final: bool) -> Run:
         """Makes the finished steps part of the session.

@@ -107,7 +107,7 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
     shape = _other_shape(stored, now)
     if shape is not None:
         return verdict("differs", "shape", *shape)
-    if stored.digest == now.digest and stored.digest is not None:
+    if (stored.digest == now.digest and stored.digest is not None) or _agree_until_stopped(stored, now):
         return verdict("agrees")
     try:
         apart = distance(stored, now)
@@ -121,6 +121,16 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
     elif close is None and (changed or stored.digest is None or now.digest is None):
         outcome = "not comparable"
     return verdict(outcome, "digest", stored.digest or "not stored", now.digest or "none", distance=apart)
+
+
+def _agree_until_stopped(stored: Recorded, now: Recorded) -> bool:
+    """Whether a training that was interrupted has the losses of the other one, as far as both went."""
+    one, other = stored.trained, now.trained
+    if one is None or other is None or one.every != 1 or other.every != 1:
+        return False
+    if "interrupted" not in (one.stopped, other.stopped):
+        return False
+    return all(loss == also for loss, also in zip(one.losses, other.losses, strict=False))
 
 
 def _of_further(stored: Cell, now: Cell) -> Verdict:

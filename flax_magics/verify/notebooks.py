@@ -71,6 +71,19 @@ class Leaf(msgspec.Struct, frozen=True):
         return math.prod(int(size) for size in shape.split(",")) if shape else 1
 
 
+class RecordedCurve(msgspec.Struct, frozen=True):
+    """The losses of a training, as `Curve.to_json` wrote them; null for one that is not finite.
+
+    Attributes:
+      every: only the losses of every so many steps are there.
+      stopped: why it ended before its last step; empty where it did not.
+    """
+
+    losses: list[float | None]
+    every: Number
+    stopped: str
+
+
 class Recorded(msgspec.Struct, frozen=True):
     """One run, as `Run.to_json` wrote it. Unknown fields, of a later version, are ignored.
 
@@ -78,6 +91,7 @@ class Recorded(msgspec.Struct, frozen=True):
       keys: stream → the words of its key in hex.
       leaves, bits: the stored values of the output; None where the run has none.
       versions, device, device_kind, processor, threads: see `environment`; `UNSET` where it was not stored.
+      trained: for a training, its losses.
     """
 
     version: Literal[1]
@@ -94,6 +108,7 @@ class Recorded(msgspec.Struct, frozen=True):
     digest: str | None = None
     leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=_LEAVES)] | None = None
     bits: bytes = b""
+    trained: RecordedCurve | None = None
     versions: dict[str, str] = {}
     device_kind: str | msgspec.UnsetType | None = msgspec.UNSET
     processor: str | msgspec.UnsetType | None = msgspec.UNSET

@@ -11,8 +11,8 @@ import pytest
 from made import cell, notebook, run, sample
 
 from flax_magics.base.files import Damaged
-from flax_magics.verify.compare import Distance, Tolerance, distance, within
-from flax_magics.verify.notebooks import Recorded, runs_of
+from flax_magics.verify.compare import Distance, Tolerance, compare, distance, within
+from flax_magics.verify.notebooks import Cell, Recorded, runs_of
 
 
 def recorded(*arrays: Any, paths: tuple[str, ...] = ("",), **changes: Any) -> Recorded:
@@ -121,3 +121,23 @@ def test_bits_of_another_length_are_refused(bits):
 )
 def test_a_tolerance_is_numpys_and_of_integers_none(one, other, rtol, atol, agrees):
     assert within(recorded(np.array(one)), recorded(np.array(other)), Tolerance(rtol, atol)) is agrees
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped", "every", "outcome"),
+    [
+        ([2.0, 1.0], "interrupted", 1, "agrees"),
+        ([2.0, 1.0, 0.5, 0.25], "interrupted", 1, "agrees"),
+        ([2.0, 1.5], "interrupted", 1, "differs"),
+        ([2.0, 1.0], "step 2 is not finite", 1, "differs"),
+        ([2.0, 1.0], "interrupted", 2, "differs"),
+    ],
+)
+def test_a_training_that_was_interrupted_agrees_as_far_as_it_went(losses, stopped, every, outcome):
+    def trained(losses: list[float], stopped: str) -> Cell:
+        curve = {"losses": losses, "every": every, "stopped": stopped}
+        data = run(**sample(np.asarray(losses)), digest=str(losses), trained=curve)
+        return runs_of(notebook(cell({**data, "output": "float32[2]"})))[0]
+
+    (verdict,) = compare([trained([2.0, 1.0, 0.5], "")], [trained(losses, stopped)])
+    assert verdict.outcome == outcome
