@@ -251,20 +251,19 @@ class Reporter:
 class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command has a
-    live line only once it names a phase: until then it takes microseconds.
+    A `brief` command has a live line only once it names a phase: until then it takes microseconds.
     """
 
-    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None], *, brief: bool) -> None:
-        self._session, self._live, self._what, self._meanwhile, self._brief = session, live, what, meanwhile, brief
-        self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
+    def __init__(self, notebook: Notebook, live: Live, what: str, *, brief: bool) -> None:
+        self._notebook, self._live, self._what, self._brief, self._guarded = notebook, live, what, brief, False
+        self.session = notebook.session
 
     def __enter__(self) -> Live:
         self._live.text = self._what
         if not self._brief:
             self._live.begin(self._what)
-        self._session.services.on_phase = self._doing
-        self._interrupts.begin()
+        self.session.services.on_phase = self._doing
+        self._guarded = self._notebook.interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
@@ -273,10 +272,10 @@ class CommandInProgress:
             self._brief = False
             self._live.begin(phase)
         if phase.startswith("compiling "):
-            self._meanwhile()
+            self._notebook.prepare()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        interrupt = self._interrupts.end(error)
+        interrupt = self._notebook.interrupts.end(error) if self._guarded else None
         if isinstance(error, KeyboardInterrupt):
             stopped(error, self._live.text)
         self._live.end()
@@ -294,6 +293,7 @@ class Notebook:
         self.shell, self.settings = shell, settings
         self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
+        self.interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
         self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
@@ -383,10 +383,10 @@ class Notebook:
 
     def working(self, what: str, *, brief: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self.session, self.reporter.live(), what, self.prepare, brief=brief)
+        return CommandInProgress(self, self.reporter.live(), what, brief=brief)
 
     def prepare(self) -> None:
-        """Loads what showing a run takes: the templates, unless no HTML is shown."""
+        """Loads what showing a run takes, while XLA compiles on other threads: the templates, unless no HTML is shown."""
         settings = self.settings()
         if settings.style != "text" and settings.report != "off":
             from ..report.html import prepare
