@@ -281,7 +281,7 @@ def all_words(keys: Mapping[str, jax.Array]) -> dict[str, str]:
 
 
 def _hex(data: bytes) -> str:
-    return "".join(f"{word:08x}" for word in np.frombuffer(data, np.uint32))
+    return np.frombuffer(data, np.uint32).astype(">u4").tobytes().hex()
 
 
 def bytes_of(leaf: Leaf) -> int:
