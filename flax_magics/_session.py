@@ -10,13 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from .base.threads import Overtaken, at_once, uninterrupted, until_committed
+from .base.threads import Overtaken, at_once, until_committed
 from .base.types import PyTree
 from .cells.journal import cell_number, cells_of_notebook
 from .compile.cache import ProgramCache, Services
@@ -35,10 +34,11 @@ from .line.options import ApplyOptions
 from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
+from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry, by_kind
 from .state.handles import Models, RegisteredModel, SessionView, entry_now
 from .state.models import Registration, assigned
-from .state.runs import REPLAY_BYTES, ReplayBudget, StoredRun, arrays_of
+from .state.runs import StoredRun
 from .state.state import Restart, State
 from .state.weights import Written
 from .training.methods import LossMethods
@@ -315,7 +315,7 @@ class Session(SessionView, LossMethods):
 
         # The journal has the cells of the process-wide session, not those of a user's second `Session()`.
         cells = cells_of_notebook() if self is existing() else None
-        return export_session(self._state.models, self.runs, cells, seed=self.seed, digests=not plain)
+        return export_session(self._state.models, self.last(len(self)), cells, seed=self.seed, digests=not plain)
 
     def save(self, path: FileName) -> Saved:
         """Writes variables, root key, history and models' sources into one safetensors file, whole or not at all."""
@@ -411,15 +411,15 @@ class Session(SessionView, LossMethods):
         `notes` are added to those of the run. `module` is the object that the name stands for now; if it is not the
         registered one, it takes that one's place once the run has succeeded.
         """
-        if not notes and (run := self.run_again(name, call, options, module)) is not None:
-            return run
+        if not notes and (outcome := self.run_again(name, call, options, module)) is not None:
+            return outcome.run
         state = self._state
         stand_outside(surroundings.of_apply, state, self._entry_before(name, module), call, options)
         entry, more = self._entry_now(name, module)
         with entry.model.held_still:
             return self._run(state, entry, (*more, *notes), call, options)
 
-    def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:
+    def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Outcome | None:
         """`run_apply` of a line whose last run left a plan; None, with nothing changed, where only that can run it."""
         state, last = self._state, self._plans.find(name, call, options)
         if last is None or (entry := state.models.get(name)) is None or (state.opened and state.opened[0] == name):
@@ -429,10 +429,11 @@ class Session(SessionView, LossMethods):
         with entry.model.held_still:
             outcome = apply_again(last, state, entry, call, self.services, caller=sys._getframe())
         if outcome is not None:
-            with suppress(Overtaken):
+            try:
                 self._commit(state, outcome)
-                return outcome.run
-        return None
+            except Overtaken:
+                return None
+        return outcome
 
     def _run(self, state: State, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` without a plan of an earlier run; `notes` concern how the entry came to be."""
@@ -462,19 +463,20 @@ class Session(SessionView, LossMethods):
 
     def _commit(self, before: State, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
-        _, stored, draw, entry, opened, write, commit, committed, state = outcome
+        _, stored, draw, entry, opened, write, commit, committed, state, _ = outcome
         state = before.after(stored, draw.last, entry, opened) if state is None else state
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         into = () if commit is None or write is not None else commit.assignments
-        # `write` runs Python code. In the common case, plain assignments in one C call cost less than deferring the signal.
-        with nullcontext() if write is None else uninterrupted(), self._committing:
+        assignments = (*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored))
+        # `write` runs Python code. Without it, plain assignments in one C call cost less than deferring the signal.
+        with self._committing if write is None else self._in_place_of(before):
             self._check(before)
             if write is not None:
                 write()
-            at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
+            at_once(assignments)
         if committed is not None:
             committed()
         self._keeping.look(stored.size)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -42,7 +43,8 @@ def weakly_typed(array: jax.Array | HostArray) -> jax.Array:
 def is_key(leaf: Leaf) -> bool:
     """Whether a leaf is an array of typed PRNG keys (`jax.random.key`); legacy uint32 keys are plain arrays."""
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    # Keys have dtypes of JAX's own. To ask JAX takes some times as long, and most arrays are none.
+    return not (dtype is None or isinstance(dtype, np.dtype)) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def on_host(leaf: Leaf) -> HostArray:
@@ -70,7 +72,7 @@ def opened(tree: PyTree) -> PyTree:
 
     What can be called stays. An object's `repr` may have an address, or numbers cut short.
     """
-    if isinstance(tree, jax.Array):  # the usual output
+    if isinstance(tree, jax.Array) or type(tree) is np.ndarray:  # the usual output, or a copy of it
         return tree
     try:
         return jax.tree_util.tree_map(_opened, tree)
@@ -143,11 +145,11 @@ def _is_number(leaf: Leaf) -> bool:
     return _has_bits(leaf) and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
-def _positions(size: int, most: int) -> list[int]:
+@lru_cache(maxsize=64)
+def _positions(size: int, most: int) -> HostArray:
     """At most `most` evenly spaced indices into `size` elements, the first and the last included."""
-    if size <= most:
-        return list(range(size))
-    return [0] if most == 1 else [i * (size - 1) // (most - 1) for i in range(most)]
+    most = min(size, most)
+    return np.array([0] if most == 1 else [i * (size - 1) // (most - 1) for i in range(most)], np.intp)
 
 
 CHUNK = 1 << 20
@@ -281,7 +283,7 @@ def all_words(keys: Mapping[str, jax.Array]) -> dict[str, str]:
 
 
 def _hex(data: bytes) -> str:
-    return "".join(f"{word:08x}" for word in np.frombuffer(data, np.uint32))
+    return np.frombuffer(data, np.uint32).astype(">u4").tobytes().hex()
 
 
 def bytes_of(leaf: Leaf) -> int:

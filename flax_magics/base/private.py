@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -84,6 +85,22 @@ def trace_context_of() -> Callable[[], tuple[object, ...]]:
     except ImportError:
         return tuple  # called without arguments: `()`
     return trace_context  # type: ignore[no-any-return]
+
+
+def settings_reader(names: Sequence[str]) -> Callable[[], tuple[object, ...]]:
+    """A function that returns the values on this thread of settings of `jax.config`, flags without an attribute too.
+
+    They are read in every run: from where JAX holds them, that takes no Python code of JAX's.
+    """
+    import jax
+
+    holders = getattr(jax.config, "_value_holders", {})
+    if all(hasattr(holders.get(name), "value") for name in names):
+        value, chosen = operator.attrgetter("value"), [holders[name] for name in names]
+        return lambda: tuple(map(value, chosen))
+    return lambda: tuple(
+        [getattr(jax.config, name) if hasattr(jax.config, name) else jax.config.read(name) for name in names]
+    )
 
 
 def trace_context_names() -> tuple[str, ...]:

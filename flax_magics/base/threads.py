@@ -26,11 +26,11 @@ from msgspec import Struct
 
 from .types import PyTree
 
-POLLED = 100e-6 if len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)) > 1 else 0.0
-"""Seconds for which a program is asked whether it is ready before the thread sleeps: as long as waking it up takes.
-
-With one processor, asking would keep the program from running.
-"""
+POLLED = 100e-6
+"""Seconds for which a program is asked whether it is ready before the thread sleeps: as long as waking it up takes."""
+_PROCESSORS = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+_give_way: Callable[[], object] | None = getattr(os, "sched_yield", lambda: time.sleep(0)) if _PROCESSORS == 1 else None
+"""With one processor, asking would keep the program from running: in between, that has its turn."""
 Assignment = tuple[Any, ...]
 """A function implemented in C with its arguments, `(object.__setattr__, owner, name, value)` or `(setitem, items, key,
 value)`; calling it runs no bytecode."""
@@ -241,7 +241,6 @@ class Running:
             if hasattr(leaf, "is_ready"):
                 self._one = leaf  # all results of a program are ready together, and fail together
                 break
-        self.look()
 
     def look(self) -> bool:
         """Notes the time if the device is done, and says whether it is."""
@@ -257,6 +256,8 @@ class Running:
         """
         until = time.perf_counter() + POLLED
         while not self.look():
+            if _give_way is not None:
+                _give_way()
             if time.perf_counter() > until:
                 sleeps()
                 wait_on(self.result, self._unfinished)

@@ -138,14 +138,14 @@ class Journal:
             number = result.execution_count if getattr(result.info, "store_history", True) else None
             self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
 
-    def drew(self, runs_before: int, names: object) -> None:
+    def drew(self, runs_before: int, runs: int, names: object) -> None:
         """Records where in the cell a command made its runs; called after each command.
 
         Args:
-          runs_before: the number of runs when the command began.
+          runs_before, runs: the number of runs when the command began, and that of now.
           names: the notebook's namespace, by which its frames are recognized.
         """
-        runs, places = self.runs(), self._places
+        places = self._places
         frame = calling_frame(names) if self._depth and runs > runs_before else None
         if frame is not None:
             known = places[-1].run + 1 if places else 0  # commands inside this one have recorded theirs already

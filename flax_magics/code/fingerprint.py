@@ -352,7 +352,9 @@ class Guards(Struct):
         for members, old_members in self._sets:
             if members != old_members:
                 return False
-        return all((array.shape, array.dtype, array.tobytes()) == old for array, old in self._arrays)
+        return not self._arrays or all(
+            (array.shape, array.dtype, array.tobytes()) == old for array, old in self._arrays
+        )
 
 
 def _contents(cell: types.CellType) -> object:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import operator
 import os
 import platform
 import re
@@ -40,7 +39,7 @@ from msgspec import Struct
 from ..base import __version__
 from ..base.digest import data_of
 from ..base.measures import first_core
-from ..base.private import is_compiled_alone, trace_context_names, trace_context_of
+from ..base.private import is_compiled_alone, settings_reader, trace_context_names, trace_context_of
 from ..base.threads import Future, Workers
 from ..base.types import Leaf, PyTree
 from ..code.contents import flax_state, flax_state_in_words
@@ -66,12 +65,12 @@ _OTHERS = (
 _FLAG = "jax_disable_most_optimizations"  # a flag without an attribute on `jax.config`: it takes `config.read`
 
 _NAMES = tuple(name for name in (_OTHERS if trace_context() else (*_OTHERS, *_TRACED)) if hasattr(jax.config, name))
-_read_settings = operator.attrgetter(*_NAMES)  # one C call: the settings are read in every run
+_read_settings = settings_reader((*_NAMES, _FLAG))
 
 
 def jax_settings() -> tuple[object, ...]:
     """All JAX settings that change the result of a trace or compilation, as they are on this thread now."""
-    return (trace_context(), *_read_settings(jax.config), jax.config.read(_FLAG))
+    return (trace_context(), *_read_settings())
 
 
 def settings() -> tuple[tuple[object, ...], tuple[object, ...]]:

@@ -9,7 +9,7 @@ from functools import partial
 from types import FrameType
 
 import jax
-from msgspec.structs import force_setattr, replace
+from msgspec.structs import replace
 
 from ..base.digest import bytes_of, own
 from ..base.measures import Timing, devices_of
@@ -23,11 +23,11 @@ from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import DrawNumber, Note, Run, like
+from ..run import DrawNumber, Note, Run
 from ..state import runs
 from ..state.entry import InitRecipe, LinenEntry, ModelEntry, Origin
 from ..state.models import replaced_by_init
-from ..state.runs import StoredRun
+from ..state.runs import RepeatedRun, StoredRun
 from ..state.state import State
 from ..state.weights import WeightSource
 from . import notes, record
@@ -205,11 +205,11 @@ def apply_again(
         return None
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
-        if last.brief and (surroundings(caller) is not None or not last.holds(entry, programs, running)):
+        checked = not last.brief or (surroundings(caller) is None and last.holds(entry, programs, running))
+        if not checked or not last.knows_flax():
             with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
                 running.finish(lambda: services.on_phase(f"running {entry.name}"))
             return None
-        running.look()
         output, updates, sown = plan.parted(running.result, program.trace)
         source = entry.source
         after: ModelEntry | None = None
@@ -227,25 +227,12 @@ def apply_again(
                 after = replace(after or entry, update_counts={**entry.update_counts, **changed})
             if entry.variables is not None:
                 after = replace(after or entry, variables={**variables, **updates})
-        running.look()
-        newest = None if state.runs is None else state.runs.kept
-        run = like(
-            last.template,
-            call=call.text,
-            inputs=(call.args, inputs.kwargs),
-            output=output,
-            seed=draw.seed,
-            draw=draw.number,
-            keys=RunKeys(draw, last.key_names),
-            started=started,
-            sown=sown,
-            changed=changed,
-            cell=call.cell,
-            first=newest is None,
-            weights="" if source is None else source.describe(draw.seed),
-        )
-        running.look()
-        stored = last.stored(run, inputs, newest)
+        origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.kept)
+        drawn = draw, started, call.cell, source
+        stored: StoredRun
+        stored = repeated = RepeatedRun(last.line, output, origin, leaves, size=size, sown=sown, drawn=drawn)
+        if changed:
+            repeated.changed = changed
         running.look()
         state_after = state.after(stored, draw, after, None)
         state_after.root.draw(plan.streams)
@@ -256,25 +243,24 @@ def apply_again(
         # Another thread has written what the run would write over.
         if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
             return None
-        noted = with_notes_of_output(run) if last.has_nan(output) else run
-        memory = run.memory
+        # Nobody has seen them yet.
+        repeated.times = seconds, wait
+        memory = last.line.template.memory
         # Of a program's memory figures only the device's peak changes from run to run.
         if memory is not None and memory.peak is not None:
-            memory = with_peak(memory, devices_in((output, updates, sown)))
+            repeated.memory = with_peak(memory, devices_in((output, updates, sown)))
+        arrays, noted = (output, (call.args, inputs.kwargs), sown), None
+        if last.has_nan(output):
+            noted = with_notes_of_output(repeated.run_of(*arrays))
+            stored = StoredRun(noted, origin, size, leaves)
+            state_after = state.after(stored, draw, after, None)
     except BaseException:
         programs.unfinished.wait = smallest(running.result)
         raise
     # The reason for the next new program is found by comparing with this run.
     programs.parts[entry.name] = last.parts
-    if noted is not run:
-        run, stored = noted, last.stored(noted, inputs, newest)
-        state_after = state.after(stored, draw, after, None)
-    # Nobody has seen them yet.
-    for facts in (run, stored.facts):
-        force_setattr(facts, "timing", Timing(run=seconds, wait=wait))
-        force_setattr(facts, "memory", memory)
     committed = partial(last.wrote, inputs, updates, seconds)
-    return Outcome(run, stored, draw, after, commit=commit, committed=committed, state=state_after)
+    return Outcome(noted, stored, draw, after, None, None, commit, committed, state_after, arrays)
 
 
 def init_model(

@@ -28,9 +28,11 @@ from ..compile.compiler import keep, settings
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of
-from ..run import RELEASED, Run, like
+from ..run import RELEASED, like
+from ..run import SMALL as COPIED
 from ..state.entry import ApplyRecipe, ModelEntry, Origin
-from ..state.runs import StoredRun
+from ..state.runs import Inputs as InputLeaves
+from ..state.runs import RunLine, StoredRun
 from .call import Call
 from .notes import may_be_key
 from .plan import Plan
@@ -86,11 +88,10 @@ class LastRun:
       variables: structure of the variables, and the signatures of their leaves.
       known, passed: leaves of the variables and of the arguments that the last run left, held weakly.
       written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
-      key_names: the keys that the Run lists, see `RunKeys`.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       brief: the last run was so short that the next is dispatched before `holds` is asked.
-      template: the Run, with the fields that stay the same.
+      line: what the Runs of the line have in common.
       looked_at: the output is small and on the host, so that a check for NaN takes some microseconds; `floats`: see
         `floats_in`.
       recipe: what replays of the line's runs share.
@@ -108,13 +109,12 @@ class LastRun:
     known: list[WeakLeaf]
     passed: list[WeakLeaf]
     written: tuple[int | None, ...]
-    key_names: Mapping[str, tuple[str, bool]]
     parts: LastCall
     numbers: bool
     looked_at: bool
     floats: Floats | None
     brief: bool
-    template: Run = field(repr=False)
+    line: RunLine = field(repr=False)
     recipe: ApplyRecipe = field(repr=False)
 
     def inputs(self, entry: ModelEntry, call: Call, programs: ProgramCache) -> Inputs | None:
@@ -154,7 +154,7 @@ class LastRun:
         return Inputs(kwargs, arguments, passed, same is not None, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
-        """Whether the program is the one to run: settings, the model's code and Flax's own are as they were.
+        """Whether the program is the one to run: settings and the model's code are as they were; see `knows_flax`.
 
         Args:
           running: the program, if it was dispatched: it may be done before all is compared.
@@ -162,12 +162,16 @@ class LastRun:
         # Another program has run for the model since: whether numbers replaced arrays must be asked again.
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return False
-        library.look()
-        if library.edition != self.library or settings() != self.recipe.settings:
+        if settings() != self.recipe.settings:
             return False
         if running is not None:
             running.look()
         return entry.model.has_same_layout() and entry.model.cache_key() == self.key
+
+    def knows_flax(self) -> bool:
+        """Whether Flax's own code is as it was. The first look in a cell takes 0.25 ms, so the device works meanwhile."""
+        library.look()
+        return library.edition == self.library
 
     def has_nan(self, output: PyTree) -> bool:
         """Whether the output holds NaN, as far as that is looked at."""
@@ -175,33 +179,41 @@ class LastRun:
             return False
         return has_nan(output) if self.floats is None else any_nan(output, self.floats)
 
-    def stored(self, run: Run, inputs: Inputs, before: StoredRun | None) -> StoredRun:
-        """The run as the session keeps it. It shares inputs and variables with the run before if they are the same.
+    def stored(
+        self, inputs: Inputs, args: tuple[PyTree, ...], before: StoredRun | None
+    ) -> tuple[Origin, InputLeaves, int]:
+        """What is kept for a replay, and its size. It is shared with the run before as far as it is the same.
 
         Args:
+          args: of the call.
           before: the session's last run, None if there was none.
         """
         recipe, fresh = self.recipe, bool(inputs.fresh)
-        origin = shared_inputs = None
+        origin: Origin | None = None
+        leaves: InputLeaves | None = None
         # Only the run before is shared with, and only if it is of this line. What it had is compared, not what this plan
         # knows: another thread may have run the line in between.
         if before is not None and before.origin is not None and before.origin.how is recipe:
-            if inputs.same and before.inputs is not None and all(map(is_, before.inputs[1], run.inputs[0])):
-                shared_inputs = before.inputs
+            if inputs.same and before.inputs is not None and all(map(is_, before.inputs[1], args)):
+                leaves = before.inputs
             if not recipe.written and all(map(is_, before.origin.leaves, inputs.leaves)):
                 origin = before.origin
+        # NumPy arrays are copied: the user may write into them.
         if origin is None:
-            # NumPy arrays are copied: the user may write into them.
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
+        if leaves is None:
+            values, treedef = jax.tree_util.tree_flatten((args, inputs.kwargs))
+            leaves = treedef, list(map(own, values))
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
-        return StoredRun(run, origin, size, shared_inputs)
+        return origin, leaves, size
 
     def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
         """Whether a variable that the run writes holds another value by now than the run had."""
-        leaves = jax.tree_util.tree_leaves(entry.held)
-        return len(leaves) != len(inputs.leaves) or any(
-            i is not None and leaves[i] is not inputs.leaves[i] for i in self.written
-        )
+        leaves, had = jax.tree_util.tree_leaves(entry.held), inputs.leaves
+        # `map` keeps this in C: a model may write as many as it has.
+        places = [i for i in self.written if i is not None]
+        at = had.__getitem__
+        return len(leaves) != len(had) or not all(map(is_, map(leaves.__getitem__, places), map(at, places)))
 
     def wrote(self, inputs: Inputs, updates: Mapping[str, PyTree], seconds: float) -> None:
         """Notes what a run leaves that has become part of the session: what it was given, and what it wrote.
@@ -312,8 +324,12 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         timing=Timing(),
         made=None,
         notes=applied.steady,
+        first=False,
     )
     memory = program.memory
+    looked_at = run.device.startswith("cpu") and memory is not None and memory.outputs <= SMALL
+    floats, output = floats_in(run.output), run.output
+    is_small = looked_at and bool(floats) and isinstance(output, jax.Array) and output.nbytes <= COPIED
     return LastRun(
         plan=plan,
         registered=model,
@@ -330,13 +346,12 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         known=list(map(_weakly, values_after)),
         passed=[_nothing] * len(arguments.leaves),
         written=_places(variables, execution.result.updates),
-        key_names=plan.key_names(program.needs),
         parts=services.programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in traced.values()),
-        looked_at=run.device.startswith("cpu") and memory is not None and memory.outputs <= SMALL,
-        floats=floats_in(run.output),
+        looked_at=looked_at,
+        floats=floats,
         brief=run.timing.run < BRIEF,
-        template=template,
+        line=RunLine(template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None),
         recipe=applied.recipe,
     )
 

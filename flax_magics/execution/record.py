@@ -26,9 +26,9 @@ from ..models.base import Commit, ModelWithInit, Needs, Updates
 from ..models.calls import Arguments
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import MODULE, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
+from ..run import MODULE, RELEASED, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
-from ..state.runs import StoredRun
+from ..state.runs import RepeatedRun, StoredRun
 from ..state.state import State
 from .call import BoundCall, Call, prepare_init
 from .execute import Execution, RunVariables
@@ -38,6 +38,7 @@ class Outcome(NamedTuple):
     """What a command worked out, for the session to commit.
 
     Attributes:
+      made: the Run; None for a run of a line that ran before, whose Run is made when somebody asks for `run`.
       draw: the draw to take from the root key.
       entry: the model's new entry, None if it stays as it is.
       opened: name and draw if that model's next apply shall go on with the draw.
@@ -45,9 +46,10 @@ class Outcome(NamedTuple):
       commit: the changes to the variables of a module that holds them itself.
       committed: called once the run is part of the session.
       state: the session's state with all of this, where it was worked out while the device ran.
+      arrays: output, inputs and sown values of a run that is not `made`.
     """
 
-    run: Run
+    made: Run | None
     stored: StoredRun
     draw: Draw | DrawBatch
     entry: ModelEntry | None = None
@@ -56,6 +58,25 @@ class Outcome(NamedTuple):
     commit: Commit | None = None
     committed: Callable[[], None] | None = None
     state: State | None = None
+    arrays: tuple[PyTree, PyTree, Mapping[str, PyTree]] = (RELEASED, RELEASED, {})
+
+    @property
+    def repeated(self) -> RepeatedRun | None:
+        """The run as the session keeps it, if its Run is not made."""
+        return self.stored if isinstance(self.stored, RepeatedRun) else None
+
+    @property
+    def run(self) -> Run:
+        """The Run. While somebody holds it, it is the session's, too."""
+        if self.made is not None:
+            return self.made
+        assert isinstance(self.stored, RepeatedRun)
+        return self.stored.run_of(*self.arrays)
+
+    @property
+    def output(self) -> PyTree:
+        """The output of the run."""
+        return self.arrays[0] if self.made is None else self.made.output
 
 
 class Applied(Struct, frozen=True):

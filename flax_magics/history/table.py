@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from ..base.digest import Difference
 
 
-def history_html(history: History, *, everything: bool = False) -> str:
-    """The table of `%flax_history` as HTML; `everything`: all rows, however many."""
-    shown, said = rows(history, everything=everything)
+def history_html(history: History, table: Table | None = None) -> str:
+    """The table of `%flax_history` as HTML, of the last `SHOWN` rows if no `table` is given."""
+    shown, said = table or rows(history)
     return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "nothing": NONE})
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax_history`; `everything`: all rows, not only the last `SHOWN`."""
-    plain = history_text(history, everything=everything)
-    return shown_bundle(plain, lambda: history_html(history, everything=everything), style)
+    table = rows(history, everything=everything)
+    return shown_bundle(history_text(history, table), lambda: history_html(history, table), style)
 
 
 KEYS_ALONE = "replayed, its keys alone"
@@ -251,7 +251,11 @@ def heading(history: History) -> list[str]:
     return ["history", plural(len(rows) + history.earlier, "run"), seed, *first]
 
 
-def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRow, ...], str]:
+Table = tuple[tuple[HistoryRow, ...], str]
+"""The rows to show, and a remark on those that are not shown."""
+
+
+def rows(history: History, *, everything: bool = False) -> Table:
     """The rows, oldest first (the last `SHOWN`, or all), and a remark on those that are not shown, or an empty one."""
     several = len({row.seed for row in history.rows} | {history.seed}) > 1
     groups = list(_groups(history.rows))
@@ -276,9 +280,9 @@ def _weights(groups: list[list[DrawRow]]) -> list[str]:
     return news
 
 
-def history_text(history: History, *, everything: bool = False) -> str:
-    """The table of `%flax_history` as text in 80 columns; `everything`: all rows, however many."""
-    shown, said = rows(history, everything=everything)
+def history_text(history: History, table: Table | None = None) -> str:
+    """The table of `%flax_history` as text in 80 columns, of the last `SHOWN` rows if no `table` is given."""
+    shown, said = table or rows(history)
     lines = dotted(heading(history))
     if not shown:
         return "\n".join([*lines, f"  {NONE}"])

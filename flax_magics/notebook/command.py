@@ -56,11 +56,12 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
                 if options.help or (not line.strip() and cell is None and not spec.bare):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
-                runs_before = notebook.journal.runs()
+                journal = notebook.journal
+                runs_before = journal.runs()
                 names = notebook.shell.user_ns if local_ns is None else local_ns
                 value = function(self, CommandUse(notebook, spec, line, cell, options, names))
                 # Only a command that succeeded is noted down: where it stood, for the runs that it made.
-                notebook.journal.drew(runs_before, notebook.shell.user_global_ns)
+                journal.drew(runs_before, journal.runs(), notebook.shell.user_global_ns)
                 notebook.tell_of_autosave()
                 return value
             except FlaxMagicsError:
@@ -102,8 +103,7 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     Gives what the line gives, or `MISSED`, with nothing changed.
     """
     expression, call_type, options, out, quiet = known
-    user_ns, session, journal = notebook.shell.user_ns, notebook.session, notebook.journal
-    name = expression.target
+    user_ns, name = notebook.shell.user_ns, expression.target
     module = names[name] if name in names else user_ns.get(name)
     try:
         args, kwargs = expression.evaluate(user_ns, names)
@@ -112,18 +112,21 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
+    working = notebook.working(f"running {name}", brief=True)
+    session = working.session
     runs_before = len(session)
-    with notebook.working(f"running {name}", brief=True) as live:
-        run = session.run_again(name, call, options, module)
-    if run is None:
+    with working as live:
+        outcome = session.run_again(name, call, options, module)
+    if outcome is None:
         live.clear()  # a line that is left would be nobody's: the other way begins with one of its own
         return MISSED
     if out is not None:
-        user_ns[out] = run
-    notebook.reporter.report(run, live, quiet=quiet)
-    journal.drew(runs_before, notebook.shell.user_global_ns)
-    notebook.tell_of_autosave()
-    return None if displayed_quietly(notebook.shell, line) else run.output
+        user_ns[out] = outcome.run
+    notebook.reporter.report_again(outcome, live, quiet=quiet)
+    notebook.journal.drew(runs_before, len(session), notebook.shell.user_global_ns)
+    if session.autosaving is not None:
+        notebook.tell_of_autosave()
+    return None if ";" in line and displayed_quietly(notebook.shell, line) else outcome.output
 
 
 class CommandUse(Record):

@@ -35,17 +35,32 @@ class InterruptGuard:
         self._parts = (*parts, InterruptGuard.begin.__code__, InterruptGuard.end.__code__)
         self._lock = threading.Lock()
         self._struck: KeyboardInterrupt | None = None
-        self._asking = self._watched = False
-        self._ours: Callable[[int, FrameType | None], None] | None = None
+        self._asking = self._guarding = False
+        # Which command it is, and for which one a thread asks.
+        self._command = self._watched = 0
+        self._hook: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
+        self._ours = self._strike, self._unraisable
+        self._main = threading.main_thread().ident
 
-    def begin(self) -> None:
-        """Replaces Python's own handler of SIGINT, if that is in place. Does nothing outside of the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            return
+    def begin(self) -> bool:
+        """Guards a command, with its handler of SIGINT in the place of Python's own.
+
+        Returns whether `end` is to be called. Not inside another command, nor outside of the main thread.
+        """
+        if self._guarding or _thread.get_ident() != self._main:
+            return False
+        strike, unraisable = self._ours
         # `_signal` and not `signal`, whose enums cost 18 instead of 4 µs for each command.
-        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-            self._ours, self._hook, sys.unraisablehook = self._strike, sys.unraisablehook, self._unraisable
-            _signal.signal(_signal.SIGINT, self._ours)
+        if _signal.getsignal(_signal.SIGINT) is not _signal.default_int_handler:
+            return False
+        self._struck = None
+        self._command += 1
+        # First, since Python's own handler would leave this function halfway.
+        _signal.signal(_signal.SIGINT, strike)
+        self._guarding = True
+        if sys.unraisablehook is not unraisable:
+            self._hook, sys.unraisablehook = sys.unraisablehook, unraisable
+        return True
 
     def end(self, error: BaseException | None) -> KeyboardInterrupt | None:
         """Puts Python's own handler back.
@@ -57,15 +72,16 @@ class InterruptGuard:
           The interrupt that the caller is to raise instead: it was turned into another error, or lost, and the command
           ended before it was raised again. None if there is nothing to raise.
         """
-        if self._ours is None:
-            return None
-        with self._lock:  # the thread sends no more signals after this
-            ours, self._ours = self._ours, None
-        # `_signal.signal` delivers pending signals first, so that none is left for the handler that it installs.
-        if _signal.getsignal(_signal.SIGINT) is ours:
-            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
-        if sys.unraisablehook == self._unraisable:
+        strike, unraisable = self._ours
+        if self._watched == self._command:
+            with self._lock:  # the thread sends no more signals after this
+                self._guarding = False
+        self._guarding = False
+        if sys.unraisablehook is unraisable:
             sys.unraisablehook = self._hook
+        # `_signal.signal` delivers pending signals first, so that none is left for the handler that it installs.
+        if _signal.getsignal(_signal.SIGINT) is strike:
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         struck, self._struck = self._struck, None
         if struck is None or (error is not None and not (isinstance(error, SystemError) and _within(struck, error))):
             return None
@@ -74,23 +90,23 @@ class InterruptGuard:
     def _strike(self, number: int, frame: FrameType | None) -> None:
         """Handles SIGINT: raises a user's interrupt; for a signal of our thread raises it again if it was lost."""
         asked, self._asking = self._asking, False
-        # Our own question: nothing to do if the command ends, or if the interrupt is on its way up.
-        if asked and (self._ours is None or self._struck is None or _within(self._struck, sys.exc_info()[1])):
+        # Our own question: nothing to do if the command ended, or if the interrupt is on its way up.
+        if asked and (not self._guarding or self._struck is None or _within(self._struck, sys.exc_info()[1])):
             return
         self._struck = KeyboardInterrupt()
-        if not self._watched:
-            self._watched = True
+        if self._watched != self._command:
+            self._watched = self._command
             # Without `threading`, whose locks the interrupted code may hold.
-            _thread.start_new_thread(self._watch, ())
+            _thread.start_new_thread(self._watch, (self._command,))
         # Inside `begin`, `end` and around them it is only noted: `end` returns it.
         if frame is None or frame.f_code not in self._parts:
             raise self._struck
 
-    def _watch(self) -> None:
+    def _watch(self, command: int) -> None:
         while True:
             time.sleep(AGAIN)
             with self._lock:
-                if self._ours is None:
+                if not self._guarding or self._command != command:
                     return
                 # Under the lock, so that no signal is sent once `end` has put the handler back.
                 self._asking = True

@@ -115,6 +115,11 @@ class FlaxMagics(Magics):
         elif not session.draws:
             session.restart(change["new"])
 
+    @observe("report", "style", "notes")
+    def _tell_reporter(self, change: Any) -> None:
+        if hasattr(self, "notebook"):  # traitlets observes in `__init__` as well
+            self.notebook.reporter.settings_changed()
+
     @validate("notes")
     def _check_notes(self, proposal: Any) -> dict[str, bool]:
         notes: dict[str, bool] = proposal["value"]

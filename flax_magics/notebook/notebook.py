@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from ..cells.reruns import Rerun
     from ..errors import FlaxMagicsError
     from ..execution.call import Call
+    from ..execution.record import Outcome
     from ..line.options import ApplyOptions
     from ..report.live import Live
     from ..report.text import Loop, Rows
     from ..run import Note, Run
+    from ..state.runs import RepeatedRun
     from ..state.weights import WeightNames
 
 LATER_RUNS = 1000
@@ -102,13 +104,15 @@ class Reporter:
         self._lines: set[tuple[object, ...]] = set()
         self._rebound: set[str | None] = set()
         self._live: Live | None = None
+        # The run that the counting line was given last, if further runs like it are no more than numbers to it.
+        self._counted: RepeatedRun | None = None
         self._later: list[Run] = []
-        self._later_bytes = 0
+        self._later_runs = self._later_bytes = 0
 
     def begin_cell(self) -> None:
         """Handles `pre_run_cell`: the runs of a cell are counted anew."""
         self._loop, self._rows, self._display_id, self._pending, self._shown = None, None, None, False, 0.0
-        self._lines, self._rebound, self._working = set(), set(), ""
+        self._lines, self._rebound, self._working, self._counted = set(), set(), "", None
         if self._live is not None:
             self._live.begin_cell()
 
@@ -120,7 +124,7 @@ class Reporter:
         if self._loop is not None and (self._pending or (self._rows is not None and self._loop.single is None)):
             self._show_loop(self._loop, self._rows)
         self.begin_cell()
-        later, self._later, self._later_bytes = self._later, [], 0
+        later, self._later, self._later_runs, self._later_bytes = self._later, [], 0, 0
         if not later:
             return
         from ..base.digest import has_nan
@@ -140,8 +144,22 @@ class Reporter:
                 self._said.update((note.kind, note.text) for note in noted.notes)
                 self.publish(bundle(noted, "off", self._settings().style))
 
+    def settings_changed(self) -> None:
+        """Has the next run looked at anew, whose report a setting may now make another."""
+        self._counted = None
+
     def _unsaid(self, notes: Iterable[Note]) -> tuple[Note, ...]:
         return tuple(note for note in notes if (note.kind, note.text) not in self._said)
+
+    def _put_off(self, outcome: Outcome) -> None:
+        """`_read_later` of a run that ran before. A small output, looked through already, is copied for that."""
+        if self._later_runs < LATER_RUNS and self._later_bytes < LATER_BYTES:
+            repeated = outcome.repeated
+            size = 0 if repeated is None else repeated.copy(outcome.output)
+            if size:
+                self._later_runs, self._later_bytes = self._later_runs + 1, self._later_bytes + size
+            else:
+                self._read_later(outcome.run)
 
     def _read_later(self, run: Run) -> None:
         """Holds a run's output until the cell has ended, to take its digest then: a replay compares with it.
@@ -155,10 +173,10 @@ class Reporter:
             import jax
 
             size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))
-        if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
+        if self._later_runs < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
             # The inputs of a loop's runs would otherwise all be held until the cell ends.
             self._later.append(run.without_inputs())
-            self._later_bytes += size
+            self._later_runs, self._later_bytes = self._later_runs + 1, self._later_bytes + size
 
     def live(self) -> Live:
         """A live line for one command. The last one is used again, unless its line is still shown."""
@@ -174,12 +192,33 @@ class Reporter:
         if bundle:
             publish(self._shell, bundle)
 
-    def report(self, run: Run, live: Live, *, quiet: bool) -> None:
-        """Shows a run in place of its live line, as long as its news; with `quiet` only notes that were not shown."""
+    def report_again(self, outcome: Outcome, live: Live, *, quiet: bool) -> None:
+        """`report` of a run of a line that ran before."""
+        repeated, counted, loop = outcome.repeated, self._counted, self._loop
+        if quiet and not outcome.stored.notes:
+            self._put_off(outcome)
+        elif quiet or repeated is None or counted is None or loop is None or not repeated.is_like(counted):
+            is_counted = self.report(outcome.run, live, quiet=quiet)
+            self._counted = repeated if is_counted else None
+        elif self._rows is None:  # on a terminal
+            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            self._put_off(outcome)
+        else:
+            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            repeated.copy(outcome.output)
+            self._rows.add_again(partial(repeated.recorded, outcome.draw))
+            self._refresh(loop, live)
+        live.clear()
+
+    def report(self, run: Run, live: Live, *, quiet: bool) -> bool:
+        """Shows a run in place of its live line, as long as its news; with `quiet` only notes that were not shown.
+
+        Returns whether the cell's counting line has it.
+        """
         if quiet and not run.notes:
             self._read_later(run)
             live.clear()
-            return
+            return False
         from ..execution.notes import with_notes_of_output
         from ..report.html import bundle, level
 
@@ -211,11 +250,14 @@ class Reporter:
         if not quiet:
             self._lines.add(line)
         # Repeated runs were asked for to read their times. A note that was shown is no news: the line repeats it.
-        if further and setting in ("auto", "line") and not unsaid and run.timing.steady is None:
+        self._counted = None
+        counts = further and setting in ("auto", "line") and not unsaid and run.timing.steady is None
+        if counts:
             self._count(shown, live)
             live.clear()
         else:
             live.show(bundle(shown, length, settings.style))
+        return counts
 
     def progress(self, run: Run, working: str) -> dict[str, object]:
         """How far a training is, in the place of the live line, whose text is `working`."""
@@ -239,6 +281,11 @@ class Reporter:
             return
         self._rows = self._rows or Rows()
         self._rows.add(run)  # takes its digest, while the output is there
+        self._refresh(loop, live)
+
+    def _refresh(self, loop: Loop, live: Live) -> None:
+        """Shows the counting line, unless it was shown just now."""
+        self._pending = True
         if self._display_id is None:
             self._display_id = live.give_display()
         # Updating at every run would cost a fast loop more than the runs do.
@@ -274,19 +321,18 @@ class CommandInProgress:
     """
 
     def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool) -> None:
-        self._notebook, self._what, self._brief, self._quiet = notebook, what, brief, quiet
-        self._session, self._live = notebook.session, notebook.reporter.live()
+        self._notebook, self._what, self._brief, self._quiet, self._guarded = notebook, what, brief, quiet, False
+        self.session, self._live = notebook.session, notebook.reporter.live()
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
         self._curve_before = None if brief else self._last_curve()
         self._trains = not brief
-        self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
 
     def __enter__(self) -> Live:
         self._live.text = self._what
         if not self._brief:
             self._live.begin(self._what)
-        self._session.services.on_phase, self._session.services.on_progress = self._doing, self._progressed
-        self._interrupts.begin()
+        self.session.services.on_phase, self.session.services.on_progress = self._doing, self._progressed
+        self._guarded = self._notebook.interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
@@ -303,7 +349,7 @@ class CommandInProgress:
             self._live.progress = partial(self._notebook.reporter.progress, run)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        interrupt = self._interrupts.end(error)
+        interrupt = self._notebook.interrupts.end(error) if self._guarded else None
         self._live.end()
         steps = 0
         if error is not None or interrupt is not None:
@@ -321,12 +367,12 @@ class CommandInProgress:
         if curve is None or curve is self._curve_before:
             self._live.clear()
             return 0
-        (run,) = self._session.last(1)
+        (run,) = self.session.last(1)
         self._notebook.reporter.report(run, self._live, quiet=self._quiet)
         return run.steps
 
     def _last_curve(self) -> Curve | None:
-        return next((run.trained for run in self._session.last(1)), None)
+        return next((run.trained for run in self.session.last(1)), None)
 
 
 class Notebook:
@@ -336,6 +382,7 @@ class Notebook:
         self.shell, self.settings = shell, settings
         self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
+        self.interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
         self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
@@ -428,7 +475,7 @@ class Notebook:
         return CommandInProgress(self, what, brief=brief, quiet=quiet)
 
     def prepare(self) -> None:
-        """Loads what showing a run takes: the templates, unless no HTML is shown."""
+        """Loads what showing a run takes, while XLA compiles on other threads: the templates, unless no HTML is shown."""
         settings = self.settings()
         if settings.style != "text" and settings.report != "off":
             from ..report.html import prepare

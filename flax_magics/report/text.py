@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import all_words
 from ..base.text import cell_len, clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
 from ..run import recorded
 from . import curve, facts
@@ -218,6 +217,16 @@ class Loop(Struct):
         self.changed.update(run.changed)
         self.notes += tuple(note for note in run.notes if note not in self.notes)
 
+    def add_again(self, draw: int, seconds: float, changed: Mapping[str, int]) -> None:
+        """Adds a run of a program that was there, otherwise like the run that was added last."""
+        self.single = None
+        self.programs["reused"] += 1
+        self.times.append(seconds)
+        low, high = self.draws
+        self.draws = min(low, draw), max(high, draw)
+        self.runs["run"] += 1
+        self.changed.update(changed)
+
     def line(self, working: str = "") -> Notice:
         """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`.
 
@@ -283,26 +292,46 @@ class Rows:
     def __init__(self) -> None:
         self._rows: list[dict[str, object]] = []
         self._last: dict[str, object] = {}
+        self._waiting: list[Callable[[Mapping[str, object], bool], dict[str, object]]] = []
         self._further = 0
         self._keys, self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, run: Run) -> None:
         """Adds a run while its output is still there: its digest is taken now."""
+        self._make()
+        self._add(recorded(run))
+
+    def add_again(self, row: Callable[[Mapping[str, object], bool], dict[str, object]]) -> None:
+        """Adds a run like the one that was added last.
+
+        `row` makes its record, later, from that of the run before it; it is also told whether it is one of the first `ROWS`.
+        """
+        self._waiting.append(row)
+        if len(self._waiting) >= ROWS:
+            self._make()
+
+    def _make(self) -> None:
+        """Makes the rows that are not made yet."""
+        waiting, self._waiting = self._waiting, []
+        for row in waiting:
+            self._add(row(self._last, len(self._rows) < ROWS))
+
+    def _add(self, row: dict[str, object]) -> None:
         if len(self._rows) < ROWS:
-            row = recorded(run)
             # `self` stands for a field that was not there: no value equals it.
             self._rows.append({name: value for name, value in row.items() if self._last.get(name, self) != value})
-            self._last = row
         else:
             self._further += 1
             # A separator, so that no two sequences have the same bytes.
-            self._keys.update(json.dumps(all_words(run.keys), sort_keys=True).encode() + b"\0")
-            self._digests.update(f"{run.digest}\0".encode())
+            self._keys.update(json.dumps(row["keys"], sort_keys=True).encode() + b"\0")
+            self._digests.update(f"{row['digest']}\0".encode())
+        self._last = row
 
     def to_json(self) -> dict[str, object]:
         """`runs`: the rows in order; `further`: how many runs came after, with a digest of their keys and one of their
         digests, or None.
         """
+        self._make()
         keys, digest = (hasher.hexdigest()[:16] for hasher in (self._keys, self._digests))
         further = {"runs": self._further, "keys": keys, "digest": digest}
         return {"version": 1, "runs": list(self._rows), "further": further if self._further else None}

@@ -335,14 +335,14 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
       key: 8 bytes of key data: two little-endian words. Each result has the same form.
     """
     n = len(counters)
-    ones, mask = _lanes(n)
+    ones, mask, packed = _lanes(tuple(counters))
     words = int.from_bytes(key, "little")
     first, second = words & _MASK, words >> 32
     schedule = (first * ones, second * ones, (first ^ second ^ 0x1BD11BDA) * ones)
     # One pass over big integers instead of a Python loop per key: each counter has a lane of 64 bits, whose upper half
     # takes the carry of an addition or the bits rotated out until `mask` clears it. All of `x`'s carries fit in there.
     x = schedule[0]
-    y = (sum(counter << 64 * i for i, counter in enumerate(counters)) + schedule[1]) & mask
+    y = (packed + schedule[1]) & mask
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
             x += y
@@ -354,10 +354,10 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
 
 
 @lru_cache(maxsize=64)
-def _lanes(n: int) -> tuple[int, int]:
-    """Big integers with 1, and with 32 one-bits, in each of `n` lanes of 64 bits."""
-    ones = sum(1 << 64 * i for i in range(n))
-    return ones, ones * _MASK
+def _lanes(counters: tuple[int, ...]) -> tuple[int, int, int]:
+    """Big integers with 1, with 32 one-bits, and with a counter in each lane of 64 bits."""
+    ones = sum(1 << 64 * i for i in range(len(counters)))
+    return ones, ones * _MASK, sum(counter << 64 * i for i, counter in enumerate(counters))
 
 
 @cache

@@ -22,9 +22,10 @@ from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.calls import Arguments, Path
 from ..models.construction import spell_construction
 from ..run import Note, Run
+from .budget import ReplayBudget, checked_limit
 from .entry import ModelEntry, by_kind
 from .models import register
-from .runs import ReplayBudget, calls_by_cell, checked_limit, length, newest
+from .runs import Runs, calls_by_cell, length, newest
 
 if TYPE_CHECKING:
     from ..compile.cache import ProgramSpec
@@ -226,9 +227,9 @@ class SessionView:
         return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> Sequence[Run]:
         """Every run so far, newest last. Outputs that only the session referred to are `RELEASED`."""
-        return self.last(len(self))
+        return Runs(self._state.runs)
 
     def last(self, n: int) -> list[Run]:
         """The last `n` runs, newest last."""

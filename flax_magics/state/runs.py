@@ -1,33 +1,32 @@
 """Runs as a session keeps them: facts for good, outputs weakly, and what a replay needs while there is room for it.
 
-A replay needs inputs, variables that later runs overwrote, and arrays of models that are gone; the oldest are dropped
-first. An array counts once, however many runs used it, and not at all while a registered model holds it. Counting is
-put off: a run is noted with the most that it may hold, and arrays are counted when the sum could exceed the limit,
-after `NOTED` runs, or when somebody asks.
+A replay needs inputs, variables that later runs overwrote, and arrays of models that are gone; `ReplayBudget` drops the
+oldest first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from operator import is_
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import jax
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import bytes_of, describe, own
-from ..base.threads import uninterrupted
+from ..base.digest import all_words, describe, digest_of, own, sample_of
+from ..base.measures import Memory, Timing
 from ..base.types import Leaf, PyTree
-from ..code.walk import arrays_in
-from ..errors import FlaxMagicsError
 from ..models.base import CallTrace
-from ..run import COMMANDS, RELEASED, Cause, Run
-from .entry import ApplyRecipe, ModelEntry, Origin, Replaced
+from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..run import COMMANDS, RELEASED, Cause, Note, OutputFacts, Run
+from .entry import Origin
+from .weights import WeightSource
 
 Inputs: TypeAlias = tuple[jax.tree_util.PyTreeDef, list[Leaf]]
 """A run's positional and keyword arguments as a pytree: treedef and leaves."""
@@ -48,7 +47,6 @@ class StoredRun:
       inputs: the inputs, if they are shared with an earlier run.
 
     Attributes:
-      facts: the Run without its arrays.
       origin, inputs: see above; None once dropped.
       record: what an apply was seen to ask for, None for every other run.
       replays: how often it was run again, and whether any of these gave other bits.
@@ -56,12 +54,12 @@ class StoredRun:
 
     # A session keeps every run, so each is kept small.
     __slots__ = (
-        "_output", "_run", "_shapes", "_sown", "_weak", "facts", "inputs", "origin", "record", "replays", "size",
+        "_facts", "_output", "_run", "_shapes", "_sown", "_weak", "inputs", "origin", "record", "replays", "size",
     )  # fmt: skip
 
     def __init__(self, run: Run, origin: Origin | None = None, size: int = 0, inputs: Inputs | None = None) -> None:
-        self._run = weakref.ref(run)
-        self.facts = replace(run, output=RELEASED, inputs=RELEASED, sown={})
+        self._run: Callable[[], Run | None] = weakref.ref(run)
+        self._facts: Run | None = replace(run, output=RELEASED, inputs=RELEASED, sown={})
         self._output = _weakly(run.output)
         self._sown = _weakly(dict(run.sown)) if run.sown else None
         self._shapes: str | None = None
@@ -74,6 +72,26 @@ class StoredRun:
         if origin is not None and inputs is None:
             leaves, treedef = jax.tree_util.tree_flatten(run.inputs)
             self.inputs = treedef, list(map(own, leaves))
+
+    @property
+    def facts(self) -> Run:
+        """The Run without its arrays."""
+        assert self._facts is not None
+        return self._facts
+
+    @property
+    def replayed(self) -> bool:
+        """`Run.replayed`."""
+        return self.facts.replayed
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """`Run.notes`."""
+        return self.facts.notes
+
+    def copy(self, output: PyTree) -> int:
+        """Only of a `RepeatedRun` the output can be copied."""
+        return 0
 
     def run(self) -> Run:
         """The run. A field of which an array is gone is `RELEASED` as a whole."""
@@ -119,6 +137,141 @@ class StoredRun:
             treedef, leaves = self.inputs
             self._weak = treedef, list(map(_reference, leaves))
         self.origin = self.inputs = None
+
+
+class RunLine(NamedTuple):
+    """What the runs of one line have in common: a Run with the fields that stay the same, and `RunKeys.names`."""
+
+    template: Run
+    key_names: Mapping[str, tuple[str, bool]]
+    small: tuple[np.dtype[Any], tuple[int, ...]] | None
+    """dtype and shape of the output, where it is one small array that each run looks through for NaN; else None."""
+
+
+class RepeatedRun(StoredRun):
+    """A run of a line that ran before. Its facts are made when somebody reads them: of most runs in a loop, nobody does.
+
+    Args:
+      line: what it shares with the other runs of its line, whose inputs and variables `origin` and `inputs` may be.
+      draw: the draw that it took, `started` and `cell` as in Run, and `source` that of its variables.
+
+    Attributes:
+      times: seconds of the run, and of the wait for its inputs.
+      changed, memory: as in Run.
+    """
+
+    __slots__ = ("_copy", "_drawn", "_line", "changed", "memory", "times")
+
+    def __init__(
+        self,
+        line: RunLine,
+        output: PyTree,
+        origin: Origin,
+        inputs: Inputs,
+        *,
+        size: int,
+        sown: Mapping[str, PyTree],
+        drawn: tuple[Draw, float, int | None, WeightSource | None],
+    ) -> None:
+        draw, started, cell, source = drawn
+        self._line = line
+        # Without what a Draw has worked out, which is worked out again.
+        self._drawn = draw.seed, draw.number, draw.root, draw.impl, started, cell, source
+        self._facts, self._shapes, self._weak = None, None, None
+        self._copy: bytes | None = None
+        self._run = _gone
+        self._output = _weakly(output)
+        self._sown = _weakly(dict(sown)) if sown else None
+        self.replays, self.size = (0, False), size
+        self.origin, self.inputs, self.record = origin, inputs, origin.record
+        self.times: tuple[float, float] = (0.0, 0.0)
+        self.changed: Mapping[str, int] = _UNCHANGED
+        self.memory: Memory | None = line.template.memory
+
+    replayed = False
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """`Run.notes`."""
+        return self._line.template.notes
+
+    @property
+    def facts(self) -> Run:
+        """The Run without its arrays."""
+        if self._facts is None:
+            seed, number, root, impl, started, cell, source = self._drawn
+            seconds, wait = self.times
+            facts = OutputFacts()
+            if self._copy is not None and self._line.small is not None:
+                dtype, shape = self._line.small
+                facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
+            self._facts = replace(
+                self._line.template,
+                seed=seed,
+                draw=number,
+                keys=RunKeys(Draw(seed, number, root, impl), self._line.key_names),
+                started=started,
+                cell=cell,
+                weights="" if source is None else source.describe(seed),
+                timing=Timing(run=seconds, wait=wait),
+                _taken=facts,
+                changed=self.changed,
+                memory=self.memory,
+            )
+        return self._facts
+
+    @property
+    def draw(self) -> int:
+        """`Run.draw`."""
+        return self._drawn[1]
+
+    def is_like(self, other: RepeatedRun) -> bool:
+        """Whether it differs from the other in draw, time, inputs and output alone, and the output is small."""
+        (seed, *_, cell, source), (other_seed, *_, other_cell, other_source) = self._drawn, other._drawn
+        same = self._line is other._line and source is other_source and (seed, cell) == (other_seed, other_cell)
+        return same and self._line.small is not None
+
+    def recorded(self, draw: Draw | DrawBatch, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
+        """`run.recorded` of this run, after `copy`.
+
+        Args:
+          draw: the one that it took.
+          like: what `recorded` gave for a run that it `is_like`.
+          keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
+        """
+        assert self._line.small is not None
+        assert self._copy is not None
+        output = np.frombuffer(self._copy, self._line.small[0]).reshape(self._line.small[1])
+        keys = all_words(RunKeys(draw, self._line.key_names))
+        news = {"draw": self.draw, "started": self._drawn[4], "keys": keys, "digest": digest_of(output)}
+        if not keeps:
+            self.facts._taken.read()
+            self._copy = None
+        return {**like, **news, **sample_of(output)}
+
+    def run_of(self, output: PyTree, inputs: PyTree, sown: Mapping[str, PyTree]) -> Run:
+        """The Run with its arrays, which the session returns too for as long as somebody holds it."""
+        run = self._run()
+        if run is None:
+            run = replace(self.facts, output=output, inputs=inputs, sown=sown)
+            self._run = weakref.ref(run)
+        return run
+
+    def copy(self, output: PyTree) -> int:
+        """Copies a small output, of which the digest is taken when somebody asks. Returns its bytes, 0 for any other."""
+        if self._line.small is None:
+            return 0
+        self._copy = copy = np.frombuffer(output, self._line.small[0]).tobytes()
+        if self._facts is not None:  # somebody has read them already, such as another thread that saves
+            self._facts._taken.put_off(output)
+        return len(copy)
+
+
+_UNCHANGED: dict[str, int] = {}
+
+
+def _gone() -> None:
+    """Stands for the reference to a Run that nobody has asked for."""
 
 
 def describe_inputs(inputs: PyTree) -> str:
@@ -194,6 +347,47 @@ def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
         chain = chain.before
 
 
+NEAR = 64
+"""From how many runs before the end on all are listed, to find one of them."""
+
+
+class Runs(Sequence[Run]):
+    """The runs of a session at one moment, newest last. Each Run is made when it is asked for first."""
+
+    def __init__(self, chain: RunLog | None) -> None:
+        self._chain = chain
+        self._made: dict[int, Run] = {}
+
+    @cached_property
+    def _stored(self) -> list[StoredRun]:
+        return list(backwards(self._chain))[::-1]
+
+    def __len__(self) -> int:
+        return length(self._chain)
+
+    @overload
+    def __getitem__(self, at: int) -> Run: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Run]: ...
+    def __getitem__(self, at: int | slice) -> Run | list[Run]:
+        places = range(len(self))[at]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        if places not in self._made:
+            back = len(self) - 1 - places
+            stored = next(islice(backwards(self._chain), back, None)) if back < NEAR else self._stored[places]
+            self._made[places] = stored.run()
+        return self._made[places]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(is_, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
     """Cell number → the calls of its runs as they were written, an empty one for a key; only cells of this kernel."""
     calls: dict[int, set[str]] = {}
@@ -241,164 +435,3 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
     recent = (stored.facts for stored in islice(backwards(chain), reach))
     applies = (facts for facts in recent if COMMANDS[facts.command].forward and facts.model == model)
     return [(facts.program, facts.causes) for facts in islice(applies, n)]
-
-
-REPLAY_BYTES = 256_000_000
-"""The most bytes that replays may hold, unless the user sets another limit."""
-NOTED = 4096
-"""How many runs are noted before their arrays are counted."""
-_Held = StoredRun | Replaced
-
-
-class ReplayBudget:
-    """Limits what is held for replays, dropping the oldest runs first.
-
-    Args:
-      limit: the most bytes that runs may hold together.
-      current: returns the arrays that the session holds anyway; with True also those in the fields and code of its
-        models, which take longer to find.
-    """
-
-    def __init__(self, limit: int, current: Callable[[bool], Iterable[Leaf]]) -> None:
-        self.limit = checked_limit(limit)
-        self._current = current
-        self.noted: list[_Held] = []
-        """Runs whose arrays are not counted yet, oldest first: the commit of a run appends to it."""
-        self._rough = 0
-        """The most bytes that the noted runs may hold."""
-        self._known = 0
-        """Bytes that were counted last, without what the session holds anyway."""
-        self._held: list[_Held] = []
-        self._sizes: dict[int, int] = {}
-        """id of each array that the counted runs hold → its bytes."""
-        self._pinned = False
-        """Whether one of them holds arrays of its model besides the variables."""
-        self._last: dict[str, _Held] = {}
-        """model → its newest counted apply, with which the next shares equal arrays."""
-
-    def emptied(self) -> ReplayBudget:
-        """A new budget of the same limit, for a session that begins anew from a file."""
-        return ReplayBudget(self.limit, self._current)
-
-    def look(self, size: int) -> None:
-        """Settles if it may be needed, after runs were noted that hold at most `size` bytes."""
-        self._rough += size
-        if self._rough + self._known > self.limit or len(self.noted) >= NOTED:
-            self.settle()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that are held now, without what the session holds anyway."""
-        self.settle()
-        return self._known
-
-    def settle(self) -> None:
-        """Counts, and drops the oldest runs if they hold too much: down to seven eighths of the limit."""
-        # An interrupt halfway would leave sizes that do not belong to the held runs.
-        with uninterrupted():
-            self._take_in()
-            anyway = {id(array) for array in self._current(self._pinned)}
-            self._known = sum(self._sizes.values()) - sum(self._sizes.get(array, 0) for array in anyway)
-            if self._known > self.limit:
-                self._let_go_of_oldest(anyway)
-
-    def drop(self, replaced: Replaced) -> None:
-        """Drops variables that an init replaced, whatever the limit."""
-        with uninterrupted():
-            self._take_in()
-            if replaced in self._held:
-                self._held.remove(replaced)
-                replaced.let_go()
-                # Its arrays may belong to runs as well, so the sizes are collected again.
-                self._sizes = {}
-                for held in self._held:
-                    self._sizes |= _sizes_in(held, self._sizes)
-
-    def replace(self, before: Replaced | None, after: Replaced | None) -> None:
-        """Counts the variables that an init replaced, in place of those that the init before it replaced."""
-        if before is not None and before is not after:
-            self.drop(before)
-        if after is not None and before is not after:
-            self.noted.append(after)
-            self.look(after.size)
-
-    def _take_in(self) -> None:
-        # A run may have been dropped before it was ever counted.
-        for held in self.noted:
-            if held.origin is None or held.inputs is None:
-                continue
-            how = held.origin.how
-            if isinstance(how, ApplyRecipe):
-                last = self._last.get(how.name)
-                if last is not None and last.origin is not None and last.inputs is not None:
-                    _share(held.inputs[1], last.inputs[1])
-                    leaves, old = held.origin.leaves, last.origin.leaves
-                    _share(leaves, old)
-                    if len(leaves) == len(old) and all(map(is_, leaves, old)):
-                        held.origin.leaves = old  # the list itself is shared as well: a loop of runs keeps one
-                self._last[how.name] = held
-            self._held.append(held)
-            self._sizes |= _sizes_in(held, self._sizes)
-            self._pinned = self._pinned or bool(how.pinned)
-        self.noted, self._rough = [], 0
-
-    def _let_go_of_oldest(self, anyway: set[int]) -> None:
-        # Well below the limit at once: otherwise each further run would exceed it and count everything again.
-        enough = self.limit - self.limit // 8
-        self._sizes, oldest_first, self._held = {}, self._held, []
-        self._known, self._pinned = 0, False
-        # From the newest back: what still fits stays, all older runs are dropped.
-        while oldest_first:
-            sizes = _sizes_in(oldest_first[-1], self._sizes)
-            more = sum(size for array, size in sizes.items() if array not in anyway)
-            if self._known + more > enough:
-                break
-            held = oldest_first.pop()
-            self._held.append(held)
-            self._sizes |= sizes
-            self._known += more
-            self._pinned = self._pinned or bool(held.origin is not None and held.origin.how.pinned)
-        self._held.reverse()
-        for held in oldest_first:
-            held.let_go()
-        self._last = {name: last for name, last in self._last.items() if last.origin is not None}
-
-
-def _sizes_in(held: _Held, known: Mapping[int, int]) -> dict[int, int]:
-    """The bytes of each array that a run holds, by its id, without those in `known`."""
-    assert held.origin is not None
-    assert held.inputs is not None
-    leaves = (*held.origin.leaves, *held.inputs[1], *held.origin.how.pinned)
-    return {id(leaf): size for leaf in leaves if id(leaf) not in known and (size := bytes_of(leaf))}
-
-
-def _share(leaves: list[Leaf], old: list[Leaf]) -> None:
-    """Replaces NumPy arrays that equal those of the run before by these very arrays, so that a loop keeps one copy."""
-    if leaves is old or len(leaves) != len(old) or np.ndarray not in set(map(type, leaves)):
-        return
-    for i, (leaf, was) in enumerate(zip(leaves, old, strict=True)):
-        both = type(leaf) is np.ndarray and type(was) is np.ndarray
-        # The bytes of an object array are pointers, which say nothing about its elements.
-        if not both or (leaf.dtype, leaf.shape) != (was.dtype, was.shape) or leaf.dtype.hasobject:
-            continue
-        # As bytes, since NaN differs from itself, and 0.0 equals -0.0.
-        if leaf.tobytes() == was.tobytes():
-            leaves[i] = was
-
-
-def checked_limit(limit: object) -> int:
-    """Returns `limit`. Raises FlaxMagicsError where it is not a number of bytes."""
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise FlaxMagicsError(f"`replay_bytes` is a number of bytes, 0 or more, not {limit!r}.")
-    return limit
-
-
-def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
-    """The variables of registered models; with `pinned` also the arrays in their fields and code."""
-    for entry in models.values():
-        with contextlib.suppress(Exception):  # an NNX module may have been changed into what no run accepts
-            yield from jax.tree_util.tree_leaves(entry.held)
-        if pinned:
-            yield from entry.model.other_arrays()
-        if pinned and entry.built is not None:
-            yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

@@ -100,7 +100,7 @@ class State(Struct, frozen=True):
 
     def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
-        root, opened = (self.root, self.opened) if kept.facts.replayed else (self.root.after(draw), opened)
+        root, opened = (self.root, self.opened) if kept.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else with_entry(self.models, entry)
         waiting = self.waiting and self._still_waiting(entry)
         log = RunLog.add(self.runs, kept)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..execution.record import Outcome
     from ..models.calls import Function
     from ..run import Note, Run
+    from ..state.budget import ReplayBudget
     from ..state.entry import ModelEntry
-    from ..state.runs import ReplayBudget
     from ..state.state import State
     from .repeat import Beginning
     from .train import Progress

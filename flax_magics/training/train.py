@@ -287,7 +287,9 @@ class Trainer:
                 if isinstance(error, NotFinite):
                     line = f"%flax_train --resume {self.call.text}"
                     # As it is, the line would meet the same step again.
-                    hint = f"once the loss or its data are mended, `{line}` goes on with this step" if loop.step else None
+                    hint = (
+                        f"once the loss or its data are mended, `{line}` goes on with this step" if loop.step else None
+                    )
                     raise FlaxMagicsError(loop.stopped, hint=hint) from None
                 raise
             return self._finish()

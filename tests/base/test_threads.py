@@ -127,7 +127,7 @@ class Computing:
 
 def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypatch):
     clock, unfinished, slept = Ticks(), Unfinished(), []
-    running = Running(Computing(3), 0.0, clock, unfinished)
+    running = Running(Computing(2), 0.0, clock, unfinished)
     assert [running.look(), running.look()] == [False, True]
     clock.now += 40.0
     assert running.finish(lambda: slept.append(1)) == 1.0
@@ -141,7 +141,7 @@ def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypa
 
 def test_the_time_of_a_program_begins_at_its_dispatch():
     clock = Ticks()
-    cache, computing = ProgramCache(clock), Computing(4)
+    cache, computing = ProgramCache(clock), Computing(3)
 
     def executable(*arguments: Any) -> Any:
         assert clock.now == 1.0  # the clock was looked at just before

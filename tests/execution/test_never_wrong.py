@@ -506,7 +506,7 @@ def test_commands_of_several_threads_take_draws_of_their_own():
     assert bits(dict(session.models["net"].variables)) == bits(variables)
 
 
-def interrupt() -> None:
+def interrupt(frame: object) -> None:
     raise KeyboardInterrupt
 
 

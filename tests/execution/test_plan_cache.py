@@ -238,7 +238,7 @@ def test_the_time_of_a_run_does_not_end_before_all_of_it_is_there(ways, monkeypa
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be kept to one processor here")
-def test_with_one_processor_nothing_is_polled():
+def test_with_one_processor_the_program_has_its_turns_while_it_is_polled():
     script = f"""
         import os, sys
         os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
@@ -246,7 +246,7 @@ def test_with_one_processor_nothing_is_polled():
         import jax
         from by_hand import MyModel, bits, keys_of, notebook_x
         from flax_magics import Session
-        from flax_magics.base.threads import POLLED
+        from flax_magics.base import threads
 
         session = Session()
         session.register("net", MyModel(3, True))
@@ -255,6 +255,6 @@ def test_with_one_processor_nothing_is_polled():
         for run in runs:
             assert bits(run.output) == bits(apply(variables, notebook_x(), rngs=keys_of(run.draw)("dropout")))
             assert run.timing.run > 0
-        print(POLLED, *(run.draw for run in runs), *(run.program for run in runs[1:]))
+        print(threads._give_way is not None, *(run.draw for run in runs), *(run.program for run in runs[1:]))
     """
-    assert printed_by(script) == "0.0 1 2 3 4 5 reused reused reused reused\n"
+    assert printed_by(script) == "True 1 2 3 4 5 reused reused reused reused\n"

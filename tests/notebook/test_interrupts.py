@@ -28,7 +28,7 @@ def handlers():
 @contextlib.contextmanager
 def command():
     interrupts = InterruptGuard()
-    interrupts.begin()
+    guarded = interrupts.begin()
     error = None
     try:
         yield
@@ -36,7 +36,7 @@ def command():
         error = raised
         raise
     finally:
-        interrupt = interrupts.end(error)
+        interrupt = interrupts.end(error) if guarded else None
         if interrupt is not None:
             raise interrupt
 
@@ -229,3 +229,20 @@ def test_nothing_is_asked_after_the_end():
     with ended():
         press()
     work(0.3)  # Python's own handler would raise
+
+
+def test_one_guard_serves_one_command_after_the_other_and_none_inside_another():
+    interrupts, done = InterruptGuard(), []
+    for _ in range(2):
+        assert interrupts.begin()
+        assert not interrupts.begin()
+        with contextlib.suppress(KeyboardInterrupt):
+            press()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            work()
+        assert interrupts.end(caught.value) is None
+        done.append(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+        assert interrupts.begin()
+        work(0.2)  # what is asked of the command before is nothing to this one
+        assert interrupts.end(None) is None
+    assert done == [True, True]

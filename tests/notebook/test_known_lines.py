@@ -14,8 +14,13 @@ from by_hand import bits, keys_of
 from interrupts import interrupted_after
 
 from flax_magics import _session
+from flax_magics.base.digest import digest_of
+from flax_magics.base.files import RUNS_JSON
 from flax_magics.execution.plan_cache import LastRun
 from flax_magics.report import live as live_line
+from flax_magics.report import text
+from flax_magics.run import RELEASED
+from flax_magics.state.runs import RepeatedRun
 
 
 @pytest.fixture
@@ -93,12 +98,13 @@ def test_a_semicolon_silences_it_too(known):
     assert known(f"y = {line};\ny.shape").endswith("(3, 4, 3)")
 
 
-@pytest.mark.parametrize("interrupted", [*range(0, 60, 3), *range(60, 400, 17)])
+@pytest.mark.parametrize("interrupted", [*range(0, 70, 2), *range(70, 400, 20)])
 def test_an_interrupt_at_any_line_of_it_leaves_all_or_nothing(known, interrupted):
     known("for i in range(3):\n  y = %flax_apply --train -q my_model(x)")
     before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     magic = known.shell.find_line_magic("flax_apply")
-    with interrupted_after(interrupted, lambda: signal.raise_signal(signal.SIGINT)):
+    # As the signal would, between two bytecodes of that frame.
+    with interrupted_after(interrupted, lambda frame: signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)):
         magic("--train -q my_model(x)")
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (before, hook)
     session = known.session
@@ -157,6 +163,59 @@ def test_a_long_loop_leaves_nothing_but_its_history(known):
     arrays, before = len(jax.live_arrays()), objects()
     grown = objects() - before
     assert len(jax.live_arrays()) == arrays
-    of_history = {"StoredRun", "Run", "RunKeys", "RunLog", "OutputFacts", "Place", "PyTreeDef", "ReferenceType"}
+    of_history = {"RepeatedRun", "RunLog", "Place", "PyTreeDef", "ReferenceType", "Origin"}
     assert {name for name, n in grown.items() if n > 100} <= {*of_history, "list", "dict", "tuple"}
-    assert sum(grown.values()) < 500 * 25
+    assert sum(grown.values()) < 500 * 12
+
+
+def test_what_nobody_asked_for_is_there_when_somebody_asks(known):
+    known("ys = []\nfor i in range(4):\n  y = %flax_apply --train -q my_model(x)\n  ys.append(y)")
+    last = known.session.runs[-1]
+    assert known.session.runs[-1] is not last  # nobody held the Run of this one: it is made whenever it is asked for
+    assert (last.draw, last.program, last.output is known["ys"][-1], last.inputs[0][0] is known["x"]) == (
+        4, "reused", True, True,
+    )  # fmt: skip
+    digests = [digest_of(y) for y in known["ys"]]
+    del last
+    known("ys.clear()\ny = None")
+    assert [run.digest for run in known.session.runs] == digests
+    assert [run.output for run in known.session.runs[1:]] == [RELEASED] * 3
+    assert [values.size for values in known.session.runs[-1].values] == [36]
+
+
+def rows_of(known, monkeypatch, cell: str) -> dict[str, Any]:
+    """The runs that the counting line of a cell keeps as data, as in a kernel."""
+    shown: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(known.shell, "kernel", object(), raising=False)
+        patch.setattr(known.shell.display_pub, "publish", lambda data, **_: shown.append(data))
+        known(cell)
+    return shown[-1][RUNS_JSON]
+
+
+def test_runs_of_a_counting_line_are_the_same_data_whether_they_were_made_or_not(known, monkeypatch):
+    loop = "for i in range(8):\n  y = %flax_apply --train my_model(x)\n  x = x + 1"
+    monkeypatch.setattr(text, "ROWS", 5)
+    known(f"x_before = x\n{loop}")
+
+    def data(restart: str) -> dict[str, Any]:
+        return rows_of(known, monkeypatch, f"%flax_key {restart}\nx = x_before\n{loop}")
+
+    quick = data("--seed 3")
+    with monkeypatch.context() as patch:
+        patch.setattr(RepeatedRun, "is_like", lambda *_: False)
+        slow = data("--seed 3")
+    for row in (*quick["runs"], *slow["runs"]):
+        row.pop("started", None)
+    assert [len(row) for row in quick["runs"]] == [len(row) for row in slow["runs"]]
+    assert quick == slow
+    assert quick["further"]["runs"] == 2
+    assert known.session.runs[-1].digest == digest_of(known["y"])
+
+
+def test_a_setting_that_changes_within_a_loop_counts_from_the_next_run_on(known, monkeypatch):
+    loop = (
+        "for i in range(6):\n  y = %flax_apply --train my_model(x)\n  if i == 3:\n    %config FlaxMagics.report = 'off'"
+    )
+    rows = rows_of(known, monkeypatch, loop)
+    assert [row["draw"] for row in rows["runs"]] == [2, 3, 4]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 
 @contextlib.contextmanager
-def interrupted_after(lines: int, interrupt: Callable[[], object]) -> Iterator[None]:
-    """A block in which `interrupt` is called once so many lines of ours have run. A KeyboardInterrupt ends the block."""
+def interrupted_after(lines: int, interrupt: Callable[[FrameType], object]) -> Iterator[None]:
+    """A block in which `interrupt` is called once so many lines of ours have run, with the frame of the next one.
+
+    A KeyboardInterrupt ends the block.
+    """
     executed = 0
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -20,7 +24,7 @@ def interrupted_after(lines: int, interrupt: Callable[[], object]) -> Iterator[N
         executed += event == "line"
         if executed > lines:
             sys.settrace(None)
-            interrupt()
+            interrupt(frame)
         return trace
 
     tracing = sys.gettrace()

@@ -1,0 +1,48 @@
+"""The runs of a session: each is made when it is asked for, as a list has them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import pytest
+from sessions import session_of
+
+from flax_magics.state import runs as module
+
+
+class Half(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x / 2
+
+
+@pytest.fixture
+def session():
+    session = session_of(Half())
+    for i in range(6):
+        session.apply("net", jnp.float32(i))
+    return session
+
+
+@pytest.mark.parametrize("near", [0, 2, 64])
+def test_they_are_found_from_either_end(session, monkeypatch, near):
+    monkeypatch.setattr(module, "NEAR", near)
+    runs = session.runs
+    draws = [1, 2, 3, 4, 5, 6]
+    assert (
+        [run.draw for run in runs] == [runs[i].draw for i in range(6)] == [runs[i - 6].draw for i in range(6)] == draws
+    )
+    assert runs[2] is runs[2]
+    assert [run.draw for run in runs[-2:]] == [5, 6]
+    assert [run.draw for run in runs[::-2]] == [6, 4, 2]
+    for outside in (6, -7):
+        with pytest.raises(IndexError):
+            runs[outside]
+
+
+def test_they_are_those_of_the_moment(session):
+    runs = session.runs
+    run = session.apply("net", jnp.float32(6))
+    assert (len(runs), len(session.runs), session.runs[-1] is run, run in runs) == (6, 7, True, False)
+    assert (runs == [], session_of(Half()).runs == []) == (False, True)
+    assert repr(runs) == repr(list(runs))
