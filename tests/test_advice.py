@@ -155,21 +155,6 @@ class DataLoader:
 sys.modules['torch.utils.data'] = types.SimpleNamespace(DataLoader=DataLoader)
 data = DataLoader(x, num_workers=2)
 """
-COUNTED = """%%flaxmodel net = Net()
-class Counter(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    calls = self.variable('counts', 'calls', lambda: jnp.zeros(()))
-    calls.value += 1
-    return x
-class Net(nn.Module):
-  def setup(self):
-    self.inner, self.counter = nn.Dense(2), Counter()
-  def __call__(self, x):
-    return self.inner(x)
-  def count(self, x):
-    return self.counter(self.inner(x))
-"""
 CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
 OWN_BATCH = """%%flaxmodel
 from flax import nnx
@@ -520,9 +505,6 @@ SCENARIOS = [
              edit=put("DataLoader(x, num_workers=2)", gap="x")),
     Scenario("training.data.dry", f"{TRAIN} --steps 3 loss(net, data)", (NET, SUM, OPTAX, "data = iter([x, x])"),
              ("[x, x]",), again=True),
-    Scenario("training.step.with_updates", f"{TRAIN} --steps 3 loss(net, x)",
-             (COUNTED, "def loss(net, x):\n  return net.count(x).sum()", OPTAX, "%flax_init net(x);"), ("x",),
-             use="{}", after="%flax_init net.count(x);", again=True),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),

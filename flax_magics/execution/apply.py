@@ -299,7 +299,7 @@ def init_model(
     """
     name, model, clock = entry.name, entry.model, services.clock
     to_init, init_call = prepare_init(name, model, call)
-    opened = state.find_draw(keys_of) or state.root.draw()
+    opened = state.find_draw(keys_of, opens=True) or state.root.draw()
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):

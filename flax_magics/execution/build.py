@@ -126,7 +126,7 @@ def rebuild(
             **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
         )
     recipe = entry.built.recipe
-    opened = state.find_draw(keys_of) or state.root.draw()
+    opened = state.find_draw(keys_of, opens=True) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
     users_model = entry.model

@@ -16,7 +16,7 @@ from ..base.types import PyTree
 from ..cells.journal import Load
 from ..cells.names import is_of_the_notebook
 from ..line.call import CallExpression
-from ..rng.keys import SPLIT
+from ..rng.keys import SPLIT, StepDraw
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
 from .functions import CannotSay, JittedFunction
@@ -336,6 +336,10 @@ class CommandLines:
             moves, many, params = self._many_keys(root, names, names.__getitem__)
             return [*lines, *moves], many, params
         lines += writer.keys_of(root, names, names.__getitem__, taken=taken)
+        if any(
+            isinstance(getattr(run.keys, "draw", None), StepDraw) for run in self.runs
+        ):  # of a training's first step
+            lines += [f"{name} = jax.random.fold_in({name}, 0)" for name in names.values()]
         return lines, names.__getitem__, names.get("params", "")
 
     def _many_keys(self, root: str, streams: Iterable[str], key: KeyNames) -> tuple[list[str], KeyNames, str]:

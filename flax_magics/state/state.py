@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
-from ..rng.keys import Draw, RootKey
+from ..rng.keys import Draw, RootKey, StepDraw
 from .entry import ModelEntry
-from .runs import RunLog, StoredRun
+from .runs import RunLog, StoredRun, of_draw
 from .training import SavedTraining
 
 
@@ -137,8 +137,14 @@ class State(Struct, frozen=True):
         # A seed that was restarted may have gone further the first time.
         return max(last[0], self.root.draws), self.root.impl
 
-    def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
-        """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
+    def find_draw(self, wanted: int | tuple[int, int] | None, *, opens: bool = False) -> Draw | None:
+        """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made.
+
+        Of a training it has the keys of its first step, since nobody is handed the keys that are folded for the steps.
+
+        Args:
+          opens: for an init, whose `params` key was not folded.
+        """
         if wanted is None:
             return None
         seed, number = self.check_draw(wanted)
@@ -149,7 +155,9 @@ class State(Struct, frozen=True):
         # Each draw splits the root that the draw before it left.
         for _ in range(number - 1):
             root = root.after(root.draw())
-        return root.draw()
+        draw = root.draw()
+        trains = any(stored.facts.kind.trains for stored in of_draw(self.runs, seed, number))
+        return StepDraw.of(draw, 0) if trains and not opens else draw
 
     def check_draw(self, wanted: int | tuple[int, int]) -> tuple[int, int]:
         """Seed and number of an earlier draw. Raises FlaxMagicsError if it was never made."""

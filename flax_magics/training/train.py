@@ -9,6 +9,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -146,6 +147,7 @@ class Trainer:
         self.started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
+        self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
@@ -160,8 +162,10 @@ class Trainer:
         """Finds or initialises the variables, traces what the loss asks for, and makes the optimizer's state."""
         services, bound = self.services, self.request.bound
         self.loss = cast("Loss", bound.model)
-        with self.timed("init"):
-            variables = held_variables(self.request) or self._initialise()
+        variables = held_variables(self.request)
+        if variables is None:
+            with self.timed("init"):
+                variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
             request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
@@ -183,7 +187,8 @@ class Trainer:
             of_data(data_text(self.call.text), arguments, self.data.first),
             self.draw.impl,
         )
-        values = self.traced.request.variables
+        # A step gives dicts, whatever the user has given.
+        values = unfreeze(dict(self.traced.request.variables))
         trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
@@ -276,7 +281,8 @@ class Trainer:
                     loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
-                if loop.step > first:  # only finished steps count
+                # Only finished steps count; a look that was committed has to be said to have been stopped, too.
+                if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
@@ -344,6 +350,7 @@ class Trainer:
         values = dict(state.variables)
         output = self.loss.as_users(values) if final else RELEASED
         run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
+        self._has_committed = True
         self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
         return run
 

@@ -44,7 +44,7 @@ def test_a_linen_net_with_batches_of_shuffled_arrays(notebook, tmp_path):
         NORMED,
         LOSS,
         "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 3 loss(normed, train)",
-        "%flax_apply --train -q normed(x)",
+        "%flax_apply --train --keys-of 1 -q normed(x)",
         "%flax_train -q --batch 5 --steps 7 --freeze */bias loss(normed, train, scale=2.0)",
     )
     assert "first_batch = jax.tree.map(lambda array: array[:8], data)\n" in script

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import Normed, bits
+from by_hand import Normed, bits, keys_of
 from flax import nnx
 from nnx_kinds import Own
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.history.table import notice_of
+from flax_magics.report.facts import key_facts
 
 RANDOM = np.random.RandomState(0)
 DATA = {"x": RANDOM.randn(22, 4).astype(np.float32), "y": RANDOM.randn(22, 4).astype(np.float32)}
@@ -114,3 +115,15 @@ def test_what_cannot_be_repeated_is_told():
     assert raised.value.write == "%flax_replay --step 2 0:2"
     with pytest.raises(FlaxMagicsError, match="--step is a step of a training, and draw 1 is none"):
         session.replay(1, step=0)
+
+
+def test_the_keys_of_a_training_are_handed_out_as_its_first_step_had_them():
+    session = session_of(Normed())
+    session.train(loss, "net", DATA, optimizer=SGD, steps=2)
+    run = session.apply("net", DATA["x"], mode="train", keys_of=1)
+    keys = keys_of(1)("dropout", "params")
+    assert bits(run.keys["dropout"]) == bits(jax.random.fold_in(keys["dropout"], 0))
+    assert [fact.made_by for fact in key_facts(run) if fact.stream == "dropout"] == ["fold_in(split(root, 3)[2], 0)"]
+    # An init has the `params` key itself, with which the training initialised.
+    session.init("net", DATA["x"], train=False, keys_of=1)
+    assert bits(session.runs[-1].keys["params"]) == bits(keys["params"])
