@@ -41,7 +41,7 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import Loop, NotFinite, Schedule, started
+from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
@@ -217,7 +217,7 @@ class Trainer:
             self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
         resumed = self.resumed
-        self.loop = Loop(
+        self.loop = TrainingLoop(
             self.programs.of,
             beginning,
             self.data,
@@ -330,7 +330,9 @@ class Trainer:
         if self.loop.stopped and self.loop.step:
             after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
             text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
-            notes.append(Note("stopped", text, **self._how_to_go_on()))
+            # Of a step that is not finite the error says how to go on, right below.
+            advice = {} if self.loop.failed is not None else self._how_to_go_on()
+            notes.append(Note("stopped", text, **advice))
         self.notes = tuple(notes)
         return self._commit(final=True)
 

@@ -363,6 +363,7 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert "return jnp.log(plain_loss(net, batch) - limit)" in str(error.value)
     assert "write: %flax_train --resume later(net, data)" in str(error.value)
     assert np.isfinite(stopped.losses).all()
+    assert stopped.notes[-1].text == f"stopped after {plural(stopped.steps, 'step')}: {stopped.trained.stopped}"
     assert run.draw == 1
 
 
