@@ -56,6 +56,8 @@ class TrainLines:
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
+        if self.task.takes_loss:
+            raise CannotSay("the `update` of its optimizer takes the loss, too")
         self.loss, self.after_net = taken_apart(command)
         self.cut = bool(shuffled(command.runs[-1]))
         self.streams = (*self.facts.streams, *shuffled(command.runs[-1]))
