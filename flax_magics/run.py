@@ -367,6 +367,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
             "version": 1,
             **recorded(self),
             **{name: getattr(self, name) for name in ("switch", "program", "reason", "cell", "by_hand")},
+            **({} if self.trained is None else {"trained": self.trained.to_json()}),
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
             "dropped": list(self.dropped),

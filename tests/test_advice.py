@@ -155,21 +155,6 @@ class DataLoader:
 sys.modules['torch.utils.data'] = types.SimpleNamespace(DataLoader=DataLoader)
 data = DataLoader(x, num_workers=2)
 """
-COUNTED = """%%flaxmodel net = Net()
-class Counter(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    calls = self.variable('counts', 'calls', lambda: jnp.zeros(()))
-    calls.value += 1
-    return x
-class Net(nn.Module):
-  def setup(self):
-    self.inner, self.counter = nn.Dense(2), Counter()
-  def __call__(self, x):
-    return self.inner(x)
-  def count(self, x):
-    return self.counter(self.inner(x))
-"""
 CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
 OWN_BATCH = """%%flaxmodel
 from flax import nnx
@@ -506,6 +491,8 @@ SCENARIOS = [
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
     Scenario("training.train.train", "%flax_train --resume --steps 4 loss(net, x)",
              (NET, ROOTED, OPTAX, f"{TRAIN} --steps 2 loss(net, x);", "offset = jnp.nan"), use="offset = 1.0\n{}"),
+    Scenario("training.train._finish", f"{TRAIN} --steps 9 loss(net, data)",
+             (NET, SUM, OPTAX, "data = iter([x, x])"), use="data = [x, x]\n{}"),
     Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
              ("optax.sgd(0.1)", "2")),
     Scenario("training.options.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),
@@ -524,9 +511,6 @@ SCENARIOS = [
              edit=put("DataLoader(x, num_workers=2)", gap="x")),
     Scenario("training.data.dry", f"{TRAIN} --steps 3 loss(net, data)", (NET, SUM, OPTAX, "data = iter([x, x])"),
              ("[x, x]",), again=True),
-    Scenario("training.step.with_updates", f"{TRAIN} --steps 3 loss(net, x)",
-             (COUNTED, "def loss(net, x):\n  return net.count(x).sum()", OPTAX, "%flax_init net(x);"), ("x",),
-             use="{}", after="%flax_init net.count(x);", again=True),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from msgspec import Struct
 
 from .types import HostArray
+
+STORED = 10_000
+"""The most steps of which a saved notebook has the numbers."""
 
 
 class Evaluation(Struct, frozen=True):
@@ -69,3 +73,36 @@ class Curve(Struct, frozen=True, eq=False):
     group: int = 1
     stopped: str = ""
     task: Task = Task()
+
+    def to_json(self) -> dict[str, object]:
+        """The numbers as JSON data, null for one that is not finite.
+
+        Of more than `STORED` steps only every n-th is there, the last among them: `every` is this n.
+        """
+        steps = len(self.losses)
+        every = max(1, math.ceil(steps / STORED))
+        chosen = slice((steps - 1) % every if steps else 0, None, every)
+        looks = [
+            {"step": look.step, "loss": _number(look.loss), "metrics": {k: _number(v) for k, v in look.metrics.items()}}
+            for look in self.evals
+        ]
+        names = ("total", "epoch", "examples", "seconds", "group", "stopped")
+        return {
+            "steps": steps,
+            "every": every,
+            "losses": _numbers(self.losses[chosen]),
+            "metrics": {name: _numbers(values[chosen]) for name, values in self.metrics.items()},
+            "evals": looks,
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+def _number(value: float) -> float | None:
+    # A browser does not read the NaN that Python writes into JSON.
+    return value if math.isfinite(value) else None
+
+
+def _numbers(values: HostArray) -> list[float | None]:
+    """The shortest numbers that are these float32 values, read as float32: a half of the digits of their float64."""
+    shortest: Iterable[str] = map(str, values)
+    return [_number(float(text)) for text in shortest]

@@ -16,6 +16,7 @@ from msgspec import Struct
 from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
+from ..report.curve import outcome
 from ..report.html import render, shown_bundle
 from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
@@ -98,6 +99,12 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     def weights(self) -> str:
         """Whose variables were used, such as `initialised in draw 1`; empty for a key."""
         return self._stored.facts.weights
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """How far a training is, and its last loss and metrics: `step 300 of 500`, `interrupted`, `loss 0.231`."""
+        curve = self._stored.facts.trained
+        return () if curve is None else outcome(curve)
 
     @property
     def initialises(self) -> bool:
@@ -232,6 +239,7 @@ class HistoryRow(Struct, frozen=True):
     marks: tuple[str, ...]
     weights: str = ""
     """Where the weights came from, if that has changed since the model's row before."""
+    trained: tuple[str, ...] = ()
 
 
 def heading(history: History) -> list[str]:
@@ -284,7 +292,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
     for row, cell in zip(shown, cells, strict=True):
         lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))
         indent = " " * (4 + wide[0])
-        about = [part for part in (row.inputs, *row.keys, row.weights, *row.replayed) if part]
+        about = [part for part in (*row.trained, row.inputs, *row.keys, row.weights, *row.replayed) if part]
         lines += [indent + part for part in dotted(about, width() - len(indent))] if about else []
         for mark in row.marks:
             lines += wrap(mark, f"{indent}! ", f"{indent}  ")
@@ -318,7 +326,7 @@ def _parted(group: list[DrawRow]) -> list[list[DrawRow]]:
 
 
 def _folds_by(row: DrawRow) -> tuple[object, ...]:
-    return row.command, row.name, row.mode, row.marks, row.call, row.weights
+    return row.command, row.name, row.mode, row.marks, row.call, row.weights, row.trained and row.draw
 
 
 def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
@@ -328,7 +336,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
         # If other calls stand between, the numbers are not consecutive, and no dash may say so.
         through = last.last - first.draw < sum(row.samples or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
-    mode = "" if first.mode in ("", "as written") else f" {first.mode}"
+    mode = "" if first.mode in ("", "as written", first.command) else f" {first.mode}"
     what = clean(f"{first.command} {first.name}{mode}")
     inputs = first.inputs if first.inputs == last.inputs else f"{first.inputs} … {last.inputs}"
     keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]
@@ -340,7 +348,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith(REPLAYED))
     marks = tuple(mark for mark in map(clean, first.marks) if not mark.startswith(REPLAYED))
     weights = f"weights {clean(weights)}" if weights else ""
-    return HistoryRow(draw, what, digest, cell, at, clean(inputs), tuple(keys), replays, marks, weights)
+    return HistoryRow(draw, what, digest, cell, at, clean(inputs), tuple(keys), replays, marks, weights, first.trained)
 
 
 NAMED = 6

@@ -160,7 +160,7 @@ FLAX_TRAIN = Command(
     "each epoch and cuts, or any iterable of batches. Without --batch each step takes all rows.\n\n"
     "The optimizer is optax's, and so is all that belongs to it. Clipping: optax.chain(optax.clip_by_global_norm(1.0), "
     "optax.adamw(1e-3)). A schedule: optax.adamw(optax.cosine_decay_schedule(1e-3, 1000)). Accumulation: "
-    "optax.MultiSteps(optax.adamw(1e-3), 4). An average of the weights: optax.chain(optax.adamw(1e-3), optax.ema(0.99)).",
+    "optax.MultiSteps(optax.adamw(1e-3), 4). An average of the updates: optax.chain(optax.adamw(1e-3), optax.ema(0.99)).",
     (
         Option("--optimizer", "an optax transformation; later trainings of the model may leave it out", "EXPR"),
         Option("--batch", "rows in a batch", "N", type=int),

@@ -188,7 +188,7 @@ class CommandUse(Record):
           gives_run: the command's value is the Run, not its output.
         """
         expression, assign = self.read_body()
-        with self.notebook.working("preparing") as live:
+        with self.notebook.working("preparing", quiet=self["quiet"]) as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished

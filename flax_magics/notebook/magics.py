@@ -39,7 +39,7 @@ from ..line.options import ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, parse_variables, with_package
 from .completion import Matcher
 from .notebook import KNOWN_LINES, KnownLine, Notebook, Settings, existing
-from .run_cell import assigned_to, line_magic_transformer, run_body
+from .run_cell import assigned_to, displayed, line_magic_transformer, run_body
 
 if TYPE_CHECKING:
     from .._session import Session
@@ -265,8 +265,9 @@ class FlaxMagics(Magics):
             return self.session.run_train(name, loss, call, options, module=module, notes=notes)
 
         trained = use.run(run, gives_run=True)
-        # Displayed, it would show the report once more.
-        return None if trained is None else use.value_once(trained)
+        # Displayed, it would show the report once more, or that which `-q` leaves out.
+        hidden = use["quiet"] and displayed(self.shell)
+        return None if trained is None or hidden else use.value_once(trained)
 
     @command(FLAX_SUMMARY)
     def flax_summary(self, use: CommandUse) -> Any:

@@ -12,10 +12,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH, fit, width
+from ..base.text import WIDTH, fit, plural, width
 from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
@@ -27,6 +27,7 @@ from .tracebacks import end_in_cell, stopped
 
 if TYPE_CHECKING:
     from .._session import Session
+    from ..base.curve import Curve
     from ..cells.reruns import Rerun
     from ..errors import FlaxMagicsError
     from ..execution.call import Call
@@ -197,7 +198,15 @@ class Reporter:
         length = level(shown, setting)
         if setting == "off":
             self._read_later(shown)
-        line = (run.command, run.model, run.mode, run.call, run.samples)
+        # Each training has a curve of its own to show.
+        line = (
+            run.command,
+            run.model,
+            run.mode,
+            run.call,
+            run.samples,
+            (run.draw, run.steps) if run.kind.trains else None,
+        )
         further = not quiet and (line in self._lines or len(self._lines) >= LINES)
         if not quiet:
             self._lines.add(line)
@@ -207,6 +216,15 @@ class Reporter:
             live.clear()
         else:
             live.show(bundle(shown, length, settings.style))
+
+    def progress(self, run: Run, working: str) -> dict[str, object]:
+        """How far a training is, in the place of the live line, whose text is `working`."""
+        from ..report.html import progress_bundle
+        from ..report.text import progress_line
+
+        if getattr(self._shell, "kernel", None) is None:
+            return {"text/plain": progress_line(run, working)}
+        return progress_bundle(run, self._settings().style, working)
 
     def _count(self, run: Run, live: Live) -> None:
         """Adds a run to the cell's counting line. As long as the line stands for one run, it is that run's own line."""
@@ -251,19 +269,23 @@ class Reporter:
 class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command has a
-    live line only once it names a phase: until then it takes microseconds.
+    A `brief` command has a live line only once it names a phase, since until then it takes microseconds; it trains nothing.
+    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps.
     """
 
-    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None], *, brief: bool) -> None:
-        self._session, self._live, self._what, self._meanwhile, self._brief = session, live, what, meanwhile, brief
+    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool) -> None:
+        self._notebook, self._what, self._brief, self._quiet = notebook, what, brief, quiet
+        self._session, self._live = notebook.session, notebook.reporter.live()
+        # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
+        self._curve_before = None if brief else self._last_curve()
+        self._trains = not brief
         self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
 
     def __enter__(self) -> Live:
         self._live.text = self._what
         if not self._brief:
             self._live.begin(self._what)
-        self._session.services.on_phase = self._doing
+        self._session.services.on_phase, self._session.services.on_progress = self._doing, self._progressed
         self._interrupts.begin()
         return self._live
 
@@ -272,19 +294,39 @@ class CommandInProgress:
         if self._brief:
             self._brief = False
             self._live.begin(phase)
+        # XLA compiles on other threads, and this one would only wait.
         if phase.startswith("compiling "):
-            self._meanwhile()
+            self._notebook.prepare()
+
+    def _progressed(self, run: Run) -> None:
+        if not self._quiet:
+            self._live.progress = partial(self._notebook.reporter.progress, run)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         interrupt = self._interrupts.end(error)
-        if isinstance(error, KeyboardInterrupt):
-            stopped(error, self._live.text)
         self._live.end()
+        steps = 0
         if error is not None or interrupt is not None:
-            self._live.clear()
+            steps = self._show_finished_steps()
+        kept = f"kept: its {plural(steps, 'finished step')}" if steps else ""
+        if isinstance(error, KeyboardInterrupt):
+            stopped(error, self._live.text, kept)
         if interrupt is not None:
-            stopped(interrupt, self._live.text if error is not None else None)
+            stopped(interrupt, self._live.text if error is not None else None, kept)
             raise interrupt from None
+
+    def _show_finished_steps(self) -> int:
+        """Shows what a training that failed has done, and says how many steps; clears the line of any other command."""
+        curve = self._last_curve() if self._trains else None
+        if curve is None or curve is self._curve_before:
+            self._live.clear()
+            return 0
+        (run,) = self._session.last(1)
+        self._notebook.reporter.report(run, self._live, quiet=self._quiet)
+        return run.steps
+
+    def _last_curve(self) -> Curve | None:
+        return next((run.trained for run in self._session.last(1)), None)
 
 
 class Notebook:
@@ -381,9 +423,9 @@ class Notebook:
         in_kernel = getattr(self.shell, "kernel", None) is not None
         return width() if in_kernel or on_terminal(self.shell) else 0
 
-    def working(self, what: str, *, brief: bool = False) -> CommandInProgress:
+    def working(self, what: str, *, brief: bool = False, quiet: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self.session, self.reporter.live(), what, self.prepare, brief=brief)
+        return CommandInProgress(self, what, brief=brief, quiet=quiet)
 
     def prepare(self) -> None:
         """Loads what showing a run takes: the templates, unless no HTML is shown."""

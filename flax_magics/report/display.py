@@ -16,7 +16,7 @@ _STYLES = (
     (r"(?<=\n\n)[a-z][^·\n]*(?=\n  \S)", "bold"),
     # The labels of rows, and the titles of columns.
     (
-        r"^  (?:replay|roof|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b",
+        r"^  (?:replay|roof|steps|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b",
         "dim",
     ),
     (r"^  (?:total|FLOPs|writes|note)\b", "dim"),

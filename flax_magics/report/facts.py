@@ -11,6 +11,7 @@ from ..base.digest import data_of, describe
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
 from ..base.types import Leaf
 from ..rng.keys import SPLIT, StepDraw, short_key, stream_tag
+from . import curve
 
 if TYPE_CHECKING:
     from ..base.measures import Steady, Timing
@@ -105,7 +106,7 @@ REPORTED = {
     ),
     "train": Reported(
         mode="train",
-        cost=_cost_of_apply,
+        cost=lambda run: [] if run.trained is None else [*curve.outcome(run.trained), *curve.rates(run.trained)],
         unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
     ),
 }
@@ -196,7 +197,8 @@ def rows(run: Run) -> tuple[Row, ...]:
     shown = [
         Row("replay", tuple(filter(None, [verdict(run)]))),
         Row("roof", roof_of(run)),
-        Row("out", out_of(run) if forward else ()),
+        Row("steps", steps_of(run)),
+        Row("out", out_of(run) if forward and not run.kind.trains else ()),
         Row("samples", samples_of(run)),
         Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
         Row("sown", tuple(f"{clean(name)}: {clean(describe(value))}" for name, value in run.sown.items())),
@@ -205,11 +207,24 @@ def rows(run: Run) -> tuple[Row, ...]:
         Row("init", (f"{seconds(timing.init)}, eager",) if timing.init else ()),
         Row("jit", (jit_of(run),) if forward and run.program else ()),
         Row("wait", tuple(waits)),
-        Row("run", (run_of(run),) if forward else ()),
+        Row("run", (run_of(run),) if forward and run.trained is None else trained_in(run)),
         Row("rate", rate_of(run)),
         Row("memory", memory_of(run) if timing.steady else ()),
     ]
     return tuple(row for row in shown if row.items)
+
+
+def steps_of(run: Run) -> tuple[str, ...]:
+    """How far a training is, and how many steps one program does; empty for any other run."""
+    if run.trained is None:
+        return ()
+    group = (f"{run.trained.group} in one program",) if run.trained.group > 1 else ()
+    return (curve.steps_of(run.trained), *curve.epochs_of(run.trained), *group)
+
+
+def trained_in(run: Run) -> tuple[str, ...]:
+    """The time of a training's finished steps, and steps and examples a second; empty for any other run."""
+    return (seconds(run.trained.seconds), *curve.rates(run.trained)) if run.trained is not None and run.steps else ()
 
 
 def out_of(run: Run) -> tuple[str, ...]:
@@ -284,7 +299,9 @@ def _made(run: Run) -> tuple[str, ...]:
 
 def changed_of(run: Run) -> tuple[str, ...]:
     """`batch_stats: update 11`, or `batch_stats: not kept`, for each collection that the model wrote."""
-    updated = (f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    # Of a training's parameters each step is an update, and the steps are told.
+    changed = {name: updates for name, updates in run.changed.items() if not (run.kind.trains and name == "params")}
+    updated = (f"{clean(name)}: update {updates}" for name, updates in changed.items())
     return (*updated, *(f"{clean(name)}: not kept" for name in run.dropped))
 
 

@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
-from ..run import Face
-from . import facts, layers, text
+from ..run import RELEASED, Face, like
+from . import curve, facts, layers, text
 from .facts import Level, Phase
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Figure(Struct, frozen=True):
         return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-def report_html(run: Run, level: Level) -> str:
-    """A run's report at one level; at `off` only its notes."""
+def report_html(run: Run, level: Level, working: str = "") -> str:
+    """A run's report at one level; at `off` only its notes. `working`: what goes on, in place of the details."""
     if level == "off":
         return render("notes.html", {"name": facts.name_of(run), "notes": note_lines(run.notes)})
     if level == "line" or not run.kind.model:
@@ -59,13 +59,16 @@ def report_html(run: Run, level: Level) -> str:
         # Those three are shown as large numerals above.
         "rows": [row for row in facts.rows(run) if row.label not in ("init", "jit", "run")],
         "open": level == "details",
-        "keys": facts.key_facts(run),
+        # Keys are read from the device, which a training keeps busy.
+        "keys": () if working else facts.key_facts(run),
         "memory": facts.memory_facts(run),
         "call": clean_lines(run.call),
         "by_hand": clean_lines(run.by_hand),
         "digest": run.digest or "",
         "values": facts.values_of(run),
         "layers": layers.table(run.layers, run.model or "") if run.layers else None,
+        "working": working,
+        "curve": None if run.trained is None else curve.context(run.trained),
     }
     return render("run.html", context)
 
@@ -96,7 +99,10 @@ def figures(run: Run) -> tuple[Figure, ...]:
         shown.append(
             Figure(clean(label), seconds(timing.building), ": ".join([*words, *filter(None, [clean(run.reason)])]))
         )
-    if timing.steady:
+    if run.trained is not None:
+        time, *rates = facts.trained_in(run) or ("",)
+        shown += [Figure("training", time, " · ".join(rates))] if time else []
+    elif timing.steady:
         shown.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
     else:
         shown.append(Figure("run", seconds(timing.run), "" if timing.building else clean(run.program)))
@@ -136,7 +142,7 @@ def _environment() -> jinja2.Environment:
 @lru_cache(maxsize=1)
 def prepare() -> None:
     """Loads the templates of a run ahead of its report, which takes some 20 ms."""
-    for name in ("parts.html", "style.html", "run.html"):
+    for name in ("parts.html", "style.html", "run.html", "curve.html"):
         _environment().get_template(name)
 
 
@@ -151,7 +157,7 @@ def level(run: Run, setting: str) -> Level:
         return cast("Level", setting)
     if not run.kind.model:
         return "normal" if run.first else "line"
-    if run.layers:  # the table is what was asked for
+    if run.layers or run.kind.trains:  # the table or the curve is what was asked for
         return "normal"
     initialised = run.made is not None or run.kind.opens
     repeated = run.samples is not None or run.timing.steady is not None
@@ -170,6 +176,15 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
         return {}
     shown = shown_bundle(text.report(run, level), lambda: report_html(run, level), style)
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
+
+
+def progress_bundle(run: Run, style: str, working: str) -> dict[str, object]:
+    """The MIME bundle of a training under way: its report so far, and `working` beneath."""
+    # The digest of its variables would take longer than some of its steps.
+    so_far = like(run, output=RELEASED)
+    return shown_bundle(
+        f"{text.report(so_far, 'normal')}\n{working}", lambda: report_html(so_far, "normal", working), style
+    )
 
 
 def loop_bundle(loop: Loop, style: str, rows: Rows | None = None, working: str = "") -> dict[str, object]:

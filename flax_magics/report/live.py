@@ -19,6 +19,8 @@ from ..base.text import clean, cut, elapsed, width
 from .display import publish
 
 _ERASE = "\r\x1b[K"
+SELDOM = 50
+"""From one drawing to the next it takes so many times what it took the processor: less than a fiftieth of one is used."""
 
 
 class Live:
@@ -34,6 +36,8 @@ class Live:
     Attributes:
       display_id: of the display that shows the line, None if none was shown in a notebook.
       within: shows the line's text as a part of what the cell shows already; None for a display of its own.
+      progress: makes of the line's text what is shown in its place, by a command that can tell how far it is; None for the
+        line alone. It is called on another thread. On a terminal the text of the bundle is one line.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Live:
         # A display of the running cell that was cleared: the cell's next live line takes it.
         self._cleared: str | None = None
         self.within: Callable[[str], None] | None = None
+        self.progress: Callable[[str], Mapping[str, object]] | None = None
         self._shell, self._stream = shell, stream
         self._in_kernel = getattr(shell, "kernel", None) is not None
         self._delay, self._interval, self._clock = delay, interval, clock
@@ -72,7 +77,7 @@ class Live:
     def begin(self, text: str) -> None:
         """Shows `text` with the elapsed time until `end`, from `delay` seconds on."""
         self._started = self._since = self._clock()
-        self._text, self._phase, self._working = text, "", True
+        self._text, self._phase, self._working, self.progress = text, "", True, None
         if self._visible():
             # A line that is there already is redrawn at the usual interval.
             shown = self.display_id is not None
@@ -129,18 +134,21 @@ class Live:
         if not self._phase or at - self._since >= self._interval:
             self._phase = self._text
         text = clean(f"{self._phase} · {elapsed(at - self._started)}")
+        text += " · interrupt the kernel to stop" if self._in_kernel else " · Ctrl-C stops it"
+        progress = self.progress
         if not self._in_kernel:
             self._on_terminal = True
-            self._write(_ERASE + cut(f"{text} · Ctrl-C stops it", width() - 1))
+            line = text if progress is None else str(progress("Ctrl-C stops it")["text/plain"])
+            self._write(_ERASE + cut(line, width() - 1))
             return
-        text += " · interrupt the kernel to stop"
-        if self.within is not None:
+        if progress is None and self.within is not None:
             self.within(text)
             return
         self.display_id = self.display_id or self._cleared
         known = self.display_id is not None
         self.display_id = self.display_id or os.urandom(16).hex()
-        publish(self._shell, {"text/plain": cut(text, width() - 1)}, self.display_id, update=known)
+        shown = {"text/plain": cut(text, width() - 1)} if progress is None else progress(text)
+        publish(self._shell, shown, self.display_id, update=known)
 
     def _write(self, text: str) -> None:
         print(text, end="", file=self._stream or sys.stderr, flush=True)
@@ -200,9 +208,10 @@ class Ticker:
                 if draw is not None:
                     last = now
                     if now >= self._due:
-                        self._due = now + self._interval
+                        begin = time.thread_time()
                         try:
                             draw()
+                            self._due = now + max(self._interval, SELDOM * (time.thread_time() - begin))
                         except Exception:  # a failing display must never harm the work that it tells of
                             self._due = float("inf")
                     # After a failed drawing `_due` is infinite: the thread still wakes to notice that the job ended.

@@ -13,9 +13,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import all_words
-from ..base.text import clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
+from ..base.text import cell_len, clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
 from ..run import recorded
-from . import facts
+from . import curve, facts
 from .facts import Level, Row
 from .layers import lines
 
@@ -58,6 +58,15 @@ def one_line(run: Run) -> str:
     return " · ".join(filter(None, line_of(run).parts))
 
 
+def progress_line(run: Run, working: str) -> str:
+    """A training under way in one line of a terminal: of its news, the first first, what fits before `working`."""
+    name = facts.name_of(run)
+    parts = [] if run.trained is None else curve.news(run.trained)
+    while parts and cell_len(" · ".join([name, *parts, working])) >= width():
+        parts.pop()
+    return " · ".join([name, *parts, working])
+
+
 def notice_text(notice: Notice) -> str:
     """The line, broken if it is longer than 80 columns, and the notes beneath."""
     first = [notice.first] if notice.first else []
@@ -66,12 +75,13 @@ def notice_text(notice: Notice) -> str:
 
 def normal(run: Run) -> str:
     """The normal report: a header, a row for each thing there is to say, and the notes."""
-    return "\n".join([*head(run), *columns(facts.rows(run)), *layers_of(run), *notes(run.notes)])
+    return "\n".join([*head(run), *columns(facts.rows(run)), *tables_of(run), *notes(run.notes)])
 
 
-def layers_of(run: Run) -> list[str]:
-    """The table of a run's gradients by module; empty for any other run."""
-    return lines(run.layers, run.model or "") if run.layers else []
+def tables_of(run: Run) -> list[str]:
+    """The course of a training, and the table of gradients by module; empty for any other run."""
+    of_training = [] if run.trained is None else curve.lines(run.trained)
+    return of_training + (lines(run.layers, run.model or "") if run.layers else [])
 
 
 def details(run: Run) -> str:
@@ -86,7 +96,7 @@ def details(run: Run) -> str:
     rows = [Row("call", (clean(run.call),) if run.call else ())]
     for label in items:
         rows += [Row(label, items[label]), Row("", below.get(label, ()))]
-    lines = [*head(run), *columns(rows, tables=("keys",)), *layers_of(run)]
+    lines = [*head(run), *columns(rows, tables=("keys",)), *tables_of(run)]
     code = clean_lines(run.by_hand)
     if code:
         lines.append("  by hand")

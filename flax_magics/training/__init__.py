@@ -1,1 +1,1 @@
-"""A loss of the user's, and its gradients. Knows the rooms below `history/`, and none beside it."""
+"""A loss of the user's: its gradients, and the loop that trains with them."""

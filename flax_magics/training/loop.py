@@ -108,7 +108,9 @@ class Schedule:
     def next_look(self, step: int) -> int | None:
         """The first step after that one before which a group has to end: a look, or the end of all."""
         ends = [] if self.total is None else [self.total]
-        if self._looks and self.steps is not None and self.epochs is None:
+        if self._looks and self.epochs is not None and self.per_epoch is not None:
+            ends.append(step - step % self.per_epoch + self.per_epoch)
+        elif self._looks and self.steps is not None:
             ends += [round(self.steps * n / 10) for n in range(1, 10)]
         return min((end for end in ends if end > step), default=None)
 
@@ -122,7 +124,7 @@ class Schedule:
         return step in self._ends or (self.per_epoch is not None and step % self.per_epoch == 0)
 
 
-class Loop:
+class TrainingLoop:
     """One training under way.
 
     Args:
@@ -134,7 +136,6 @@ class Loop:
       state, numbers: after the last finished step.
       evals: the looks so far.
       examples: those in the finished steps.
-      seconds: in the loop, those of earlier parts of the training included.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class Loop:
         self.state, self.numbers = state, Numbers(curve)
         self.evals: list[Evaluation] = list(curve.evals)
         self.examples, self.stopped = curve.examples, ""
-        self._seconds, self._since = curve.seconds, time.perf_counter()
+        self._seconds = curve.seconds
+        self._since: float | None = None
+        """When the steps began whose time is not in `_seconds` yet; None while there are none."""
         self._unfinished = unfinished
         self._pending: deque[Dispatched] = deque()
         self._epoch = 0 if schedule.per_epoch is None else self.step // schedule.per_epoch
@@ -165,6 +168,11 @@ class Loop:
         return self.numbers.count
 
     @property
+    def seconds(self) -> float:
+        """The time of the steps, those of earlier parts of the training included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @property
     def curve(self) -> Curve:
         """What the training has done so far."""
         return Curve(
@@ -174,7 +182,7 @@ class Loop:
             self._schedule.total,
             self._schedule.per_epoch,
             self.examples,
-            self._seconds + time.perf_counter() - self._since,
+            self.seconds,
             self._groups.size,
             self.stopped,
         )
@@ -200,8 +208,7 @@ class Loop:
             self._drain()
             raise
         finally:
-            self._seconds += time.perf_counter() - self._since
-            self._since = time.perf_counter()
+            self._seconds, self._since = self.seconds, None
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
         schedule, pending, ahead = self._schedule, self._pending, self.state
@@ -224,7 +231,11 @@ class Loop:
                 pending += (Dispatched(*one) for one in done)
                 ahead = done[-1][0].state
                 continue
-            waits = len(pending) >= AHEAD or tries or bool(pending and schedule.looks_after(following))
+            waits = (
+                len(pending) >= (AHEAD if self._is_brief else 1)
+                or tries
+                or bool(pending and schedule.looks_after(following))
+            )
             if not ends and not waits:
                 batch = self._take(interrupts, following)
                 if batch is not None:
@@ -245,6 +256,7 @@ class Loop:
         """A block in which something is compiled, whose time is none of the steps."""
         begin = time.perf_counter()
         yield
+        assert self._since is not None
         self._since += time.perf_counter() - begin
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
@@ -261,10 +273,18 @@ class Loop:
                 raise self._data.dry(following, self._schedule.total)
         return batch
 
+    @property
+    def _is_brief(self) -> bool:
+        """Whether a step is so short that the device should have the next one before it has finished this one.
+
+        After a long one a pause is nothing, and each step ahead takes the memory of a state.
+        """
+        return bool(self.step) and self.seconds / self.step < BRIEF
+
     def _wait(self, interrupts: Interrupts) -> None:
         """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
         alive, until = self._pending[0].result.alive, None
-        if self.step and (self._seconds + time.perf_counter() - self._since) / self.step < BRIEF:
+        if self._is_brief:
             alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
             return
         while not alive.is_ready():
@@ -302,8 +322,10 @@ class Loop:
                 self._pending.clear()
 
 
-BRIEF, SLEEP = 0.05, 1e-3
-"""Seconds: for a step that takes less the thread is blocked; during a longer one it looks at the device so often."""
+BRIEF = 0.05
+"""Seconds that a short step takes at most: the thread is blocked for it."""
+SLEEP = 1e-3
+"""Seconds between two looks at the device during a longer one, so that Ctrl-C is heard."""
 
 
 def started(variables: Any, opt_state: Any) -> TrainState:

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from ..base.types import HostArray, Leaf, PyTree
 from ..errors import FlaxMagicsError
-from ..models.base import ARGUMENTS, SOWN, STRUCTURE, CallTrace, Needs, Updates, Variables
+from ..models.base import STRUCTURE, CallTrace, Needs, Updates, Variables
 from ..models.calls import Arguments, Kwargs
 from .loss import Loss
 
@@ -133,22 +133,16 @@ def with_updates(variables: Variables, updates: Updates, record: CallTrace) -> V
     """`variables` with what a step wrote: statistics and the like; neither sown values nor keys and counts of streams.
 
     Raises:
-      FlaxMagicsError: it makes variables that were not there, so that the next step would be another program.
+      FlaxMagicsError: an NNX module has got other attributes, so that the next step would be another program.
     """
+    if STRUCTURE in updates:
+        raise FlaxMagicsError("the loss gives the module other attributes than it had: a step cannot do that.")
     updated = dict(variables)
-    for name, tree in updates.items():
-        if name == STRUCTURE:
-            raise FlaxMagicsError("the loss gives the module other attributes than it had: a step cannot do that.")
-        if name == SOWN or name in record.sown or name[0] == ARGUMENTS[0]:
-            continue
-        before = variables.get(name)
-        if before is None or not isinstance(tree, Mapping):
-            if before is None and name in record.written:
-                message = f"the loss makes the collection `{name}`, which was not there before: a step cannot do that."
-                raise FlaxMagicsError(message, form="%flax_init net(…)")
-            continue
+    for name in updates.keys() & variables.keys() - record.sown:
+        before, after = variables[name], updates[name]
         # Of an NNX module the keys and counts of streams are no variables here: each step has those of its draw.
-        updated[name] = tree if name in record.written else {**before, **{n: v for n, v in tree.items() if n in before}}
+        in_place = name not in record.written
+        updated[name] = {**before, **{key: after[key] for key in before if key in after}} if in_place else after
     return updated
 
 

@@ -9,6 +9,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -40,7 +41,7 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import Loop, NotFinite, Schedule, started
+from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
@@ -146,6 +147,7 @@ class Trainer:
         self.started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
+        self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
@@ -160,8 +162,10 @@ class Trainer:
         """Finds or initialises the variables, traces what the loss asks for, and makes the optimizer's state."""
         services, bound = self.services, self.request.bound
         self.loss = cast("Loss", bound.model)
-        with self.timed("init"):
-            variables = held_variables(self.request) or self._initialise()
+        variables = held_variables(self.request)
+        if variables is None:
+            with self.timed("init"):
+                variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
             request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
@@ -183,7 +187,8 @@ class Trainer:
             of_data(data_text(self.call.text), arguments, self.data.first),
             self.draw.impl,
         )
-        values = self.traced.request.variables
+        # A step gives dicts, whatever the user has given.
+        values = unfreeze(dict(self.traced.request.variables))
         trained = self.step.as_tree(self.loss.parameters(values).trained)
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
@@ -212,7 +217,7 @@ class Trainer:
             self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
         resumed = self.resumed
-        self.loop = Loop(
+        self.loop = TrainingLoop(
             self.programs.of,
             beginning,
             self.data,
@@ -282,7 +287,8 @@ class Trainer:
                     loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
-                if loop.step > first:  # only finished steps count
+                # Only finished steps count; a look that was committed has to be said to have been stopped, too.
+                if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
@@ -330,7 +336,9 @@ class Trainer:
         if self.loop.stopped and self.loop.step:
             after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
             text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
-            notes.append(Note("stopped", text, **self._how_to_go_on()))
+            # Of a step that is not finite the error says how to go on, right below.
+            advice = {} if self.loop.failed is not None else self._how_to_go_on()
+            notes.append(Note("stopped", text, **advice))
         self.notes = tuple(notes)
         return self._commit(final=True)
 
@@ -360,6 +368,7 @@ class Trainer:
                     model.has_same_layout()
                 model.assign(values)
 
+        self._has_committed = True
         self.commit(Progress(run, entry, self.draw, write, self.resumed is not None))
         return run
 

@@ -9,7 +9,7 @@ import numpy as np
 from html_reader import EVIL, Reader
 from msgspec.structs import replace
 from rich.cells import cell_len
-from runs_to_show import DRAW, INIT, KEY, REUSED
+from runs_to_show import DRAW, INIT, INTERRUPTED, KEY, REUSED, TRAINED
 
 from flax_magics.base.digest import Agreement, Difference
 from flax_magics.history import table
@@ -55,6 +55,22 @@ def test_each_draw_is_two_lines() -> None:
         f"     3  key latent       {KEY.digest[:6]}  [3]   09:30:00\n"
         f"        latent {DRAW.data('latent')[:4][::-1].hex()}"
     )
+
+
+def test_a_training_has_what_it_came_to_and_no_two_are_one_row() -> None:
+    rows = [
+        drawn(INTERRUPTED, inputs=((X,), {})),
+        *(drawn(TRAINED, draw=draw, inputs=((X,), {})) for draw in (4, 5, 6)),
+    ]
+    shown = history_text(history(*rows)).splitlines()
+    assert shown[2:5] == [
+        f"     3  train net  {INTERRUPTED.digest[:6]}  [3]   09:30:00",
+        "        step 6 of 500 · epoch 1.5 · interrupted · loss 0.5 · accuracy 0.875 ·",
+        "            eval loss 0.6 · eval accuracy 0.812 · float32[3,4,4] ·",
+    ]
+    assert [line.split()[0] for line in shown if "train net" in line] == ["3", "4", "5", "6"]
+    html = table.history_html(history(*rows))
+    assert "train net · step 6 of 500 · epoch 1.5 · interrupted · loss 0.5" in Reader(html).text
 
 
 def test_alike_runs_of_one_cell_are_one_row_and_two_are_two() -> None:

@@ -240,6 +240,49 @@ def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it
     assert report(own_kernel.run("y = %flax_apply big(x)"))["program"] == "reused"
 
 
+TRAINING = """
+import optax
+class Batches:
+  def __iter__(self):
+    while True:
+      time.sleep(0.005)
+      yield x
+def loss(net, batch):
+  return (net(batch) ** 2).mean()
+dense = nn.Dense(2)
+reporter = get_ipython().magics_manager.registry['FlaxMagics'].notebook.reporter
+def progress(run, working, progress=reporter.progress):
+  bundle = progress(run, working)
+  if run.steps:
+    touch('shown')
+  return bundle
+reporter.progress = progress
+"""
+
+
+@pytest.mark.smoke
+def test_a_training_has_its_curve_in_one_display_which_keeps_the_finished_steps(own_kernel):
+    own_kernel.run(TRAINING)
+    line = "%flax_train --optimizer optax.sgd(1e-3) --steps 100000 loss(dense, Batches())"
+    shown = own_kernel.interrupted(line, own_kernel.appeared("shown"))
+    displays = [item for item in shown if item["type"] in ("display_data", "update_display_data")]
+    assert len({item["transient"]["display_id"] for item in displays}) == 1
+    under_way = next(item["data"] for item in displays if "of 100,000" in item["data"]["text/plain"])
+    assert re.search(r"\n[a-z]+ dense · \d+ s · interrupt the kernel to stop$", under_way["text/plain"])
+    assert "<svg" in under_way["text/html"]
+
+    data, trained = displays[-1]["data"], report(shown)["trained"]
+    assert trained["stopped"] == "interrupted"
+    assert len(trained["losses"]) == trained["steps"] > 0
+    assert data["text/plain"].endswith(
+        f"\n! interrupted after {trained['steps']:,} steps\n  write: %flax_train --resume loss(dense, Batches())"
+    )
+    assert "stopped</text>" in data["text/html"]
+    assert own_kernel.prints("print(session.runs[-1].steps)") == f"{trained['steps']}\n"
+    more = f"%flax_train --resume --steps {trained['steps'] + 1} loss(dense, Batches())"
+    assert report(own_kernel.run(more))["trained"]["losses"][:-1] == trained["losses"]
+
+
 @pytest.mark.smoke
 def test_the_live_line_and_the_report_are_one_display(kernel):
     kernel.run("%flax_init -q traced(x);")

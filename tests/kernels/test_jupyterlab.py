@@ -62,11 +62,21 @@ stack = Stack()""",
     "%flax_summary --train --backward stack(x)",
     "%flax_summary --tree my_model",
     "for i in range(5):\n  %flax_apply -q --train my_model(x)",
+    """import optax, time
+
+def loss(net, batch):
+  return (net(batch) ** 2).mean()
+
+def slowly(batch):
+  while True:
+    time.sleep(0.01)
+    yield batch""",
+    "%flax_train --optimizer optax.adam(0.01) --steps 300 --eval x loss(my_model, x)",
     "%flax_replay 1",
     "%flax_history",
     "%flax_export --plain",
 )
-"""Cells that are added to the example: a deep model, summarised; its draws, listed; all of it as plain Flax."""
+"""Cells that are added to the example: a deep model, summarised; one trained; its draws, listed; all of it as plain Flax."""
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +249,19 @@ def test_a_summary_has_a_row_for_fifty_equal_blocks_and_its_rows_fold(page, tmp_
     summary.screenshot(path=tmp_path / "summary.png")
 
 
+def test_a_training_has_its_curve_and_the_numbers_beneath(page, tmp_path):
+    training = report(page, "%flax_train --optimizer")
+    curve = training.locator(".fm-curve > svg")
+    box, place = curve.bounding_box(), training.bounding_box()
+    assert box is not None
+    assert place is not None
+    assert 300 < box["width"] <= min(700, place["width"])
+    assert training.locator(".fm-values th").all_inner_texts() == ["loss", "eval loss"]
+    sizes = curve.evaluate("c => [...c.querySelectorAll('text')].map(t => t.getBoundingClientRect().height)")
+    assert min(sizes) > 8
+    training.screenshot(path=tmp_path / "training.png")
+
+
 def test_the_history_is_a_table_of_all_draws(page, tmp_path):
     history = report(page, "%flax_history")
     assert history.locator("thead th").all_inner_texts() == ["draw", "what", "keys", "inputs", "digest", "cell", "time"]
@@ -286,26 +309,52 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     history = report(page, "%flax_history")
     history.screenshot(path=tmp_path / "history.png")
     assert history.locator("tbody td").first.evaluate(LUMINANCE) > 155
+    training = report(page, "%flax_train --optimizer")
+    training.screenshot(path=tmp_path / "training.png")
+    stroke = "s => getComputedStyle(s).stroke.match(/[\\d.]+/g).map(Number).slice(0, 3).every(v => v > 155)"
+    assert training.locator("polyline").first.evaluate(stroke)
 
 
-@pytest.mark.parametrize("width", [1280, 700, 480])
+@pytest.mark.parametrize("width", [1280, 700, 600, 480])
 def test_no_report_is_wider_than_its_place(page, tmp_path, width):
     page.set_viewport_size({"width": width, "height": 1600})
-    if width < 600:
+    if width == 600:
         page.keyboard.press("Control+B")  # beside the side bar there would be no room for anything
     page.wait_for_timeout(500)
     page.screenshot(path=tmp_path / f"{width}.png")
     assert page.evaluate(WIDER) == 0
 
 
-def test_an_export_goes_into_the_next_cell(page):
-    page.set_viewport_size({"width": 1280, "height": 1600})
+def run_below(page: Any, source: str) -> None:
+    """Types a line into a new cell after the last, and runs it."""
     page.locator(".jp-Notebook .jp-CodeCell").last.locator(".cm-content").click()
     page.keyboard.press("Escape")
     page.keyboard.press("b")
     page.keyboard.press("Enter")
-    page.keyboard.type("%flax_export --plain --cell")
+    page.keyboard.type(source)
     page.keyboard.press("Control+Enter")
+
+
+def test_a_training_is_drawn_as_it_goes_on_and_after_an_interrupt_says_how_far_it_came(page, tmp_path):
+    page.set_viewport_size({"width": 1280, "height": 1600})
+    line = "%flax_train --optimizer optax.adam(0.01) --steps 100000 loss(my_model, slowly(x))"
+    run_below(page, line)
+    training = page.locator(".jp-Notebook .jp-CodeCell").last.locator(".flax-magics")
+    training.get_by_text("interrupt the kernel to stop").wait_for()
+    training.locator("polyline").first.wait_for()
+    page.screenshot(path=tmp_path / "half-way.png")
+    menu(page, "Kernel", "Interrupt Kernel")
+    note = training.locator(".fm-note")
+    note.wait_for()
+    page.screenshot(path=tmp_path / "interrupted.png")
+    assert "! interrupted after " in note.inner_text()
+    assert training.locator("svg").get_by_text("stopped").count() == 1
+    assert training.get_by_text("interrupt the kernel to stop").count() == 0
+
+
+def test_an_export_goes_into_the_next_cell(page):
+    page.set_viewport_size({"width": 1280, "height": 1600})
+    run_below(page, "%flax_export --plain --cell")
     cells = page.locator(".jp-Notebook .jp-CodeCell")
     before = cells.count()
     page.wait_for_function(f"n => {CELLS}.length > n", arg=before)

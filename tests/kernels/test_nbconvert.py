@@ -11,6 +11,8 @@ import nbformat
 from sharp_bits import SHARP_BITS
 
 APPLY = "y = %flax_apply --train my_model(x)"
+LOSS = "import optax\n\ndef loss(net, batch):\n  return (net(batch) ** 2).mean()"
+TRAIN = "%flax_train --optimizer optax.adam(0.1) --steps 20 --eval x loss(my_model, x)"
 MISTAKE = "y = %flax_apply --train my_modl(x)"
 
 
@@ -49,14 +51,16 @@ class Elements(HTMLParser):
 
 
 def test_a_notebook_becomes_a_page_with_its_reports(tmp_path):
-    path = written(tmp_path, *SHARP_BITS, APPLY)
+    path = written(tmp_path, *SHARP_BITS, APPLY, LOSS, TRAIN)
     done = run("nbconvert", "--execute", "--to", "html", path.name, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     page = path.with_suffix(".html").read_text(encoding="utf-8")
     elements = Elements()
     elements.feed(page)
     tags = [tag for tag, _ in elements.found]
-    assert tags.count("details") == 1
+    assert tags.count("details") == 2
+    assert tags.count("polyline") == 2  # the losses, and those of the eval data
+    assert tags.count("circle") == 10
     assert "open" not in dict(elements.found)["details"]
     assert "th" in tags
     assert "script" not in tags

@@ -184,6 +184,28 @@ def test_a_terminal_shows_one_line_and_wipes_it() -> None:
     assert live.display_id is None
 
 
+def test_a_command_that_tells_how_far_it_is_has_that_in_the_place_of_its_line() -> None:
+    shell = kernel()
+    live = Live(shell, delay=60.0)
+    live.within = lambda text: pytest.fail("it has a display of its own")
+    with phase(live, "training net"):
+        live.progress = lambda text: {"text/plain": f"step 3\n{text}"}
+        live._tick()
+    shown = "step 3\ntraining net · 0 s · interrupt the kernel to stop"
+    assert shell.display_pub.sent == [(shown, False, live.display_id, "none")]
+    with phase(live, "running net"):
+        assert live.progress is None
+
+
+def test_on_a_terminal_it_is_one_line() -> None:
+    stream = Terminal()
+    live = Live(SimpleNamespace(display_pub=Publisher()), delay=60.0, stream=stream)
+    with phase(live, "training net"):
+        live.progress = lambda text: {"text/plain": f"step 3 · {text}"}
+        live._tick()
+    assert stream.getvalue() == "\r\x1b[Kstep 3 · Ctrl-C stops it\r\x1b[K"
+
+
 def test_a_pipe_shows_nothing() -> None:
     stream = io.StringIO()
     with phase(Live(None, delay=0.001, stream=stream), "compiling net"):

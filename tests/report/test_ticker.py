@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flax_magics.report import live
 from flax_magics.report.live import Ticker
 
 
@@ -32,6 +34,16 @@ def test_a_job_is_drawn_when_it_is_due_and_again_after_each_interval():
     until(lambda: len(drawn) >= 3)
     ticker.end()
     assert set(drawn) == {"flax_magics live"}
+
+
+def test_after_a_drawing_that_took_the_processor_long_the_next_is_put_off(monkeypatch):
+    ticker, drawn = Ticker(idle=0.01), []
+    clock = SimpleNamespace(monotonic=time.monotonic, thread_time=iter([0.0, 1000.0]).__next__)
+    monkeypatch.setattr(live, "time", clock)
+    ticker.begin(lambda: drawn.append(1), 0.0, 0.0)
+    until(lambda: bool(drawn))
+    ticker.end()
+    assert ticker._due > time.monotonic() + 40_000
 
 
 def test_nothing_is_drawn_once_end_has_returned():

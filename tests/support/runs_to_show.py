@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from flax_magics.base.curve import Curve, Evaluation
 from flax_magics.base.measures import Memory, Steady, Timing
 from flax_magics.rng.keys import RootKey
 from flax_magics.run import InitStats, Note, Run, like
@@ -84,3 +85,28 @@ KEY = replace(
     made=None,
 )
 REPEATED = replace(REUSED, timing=Timing(run=0.0003, steady=Steady((0.0003, *[0.0002, 0.00021, 0.00021, 0.00022] * 5))))
+CURVE = Curve(
+    losses=np.float32([2.31, 1.7, 1.4, 0.9, 0.23, 0.5]),
+    metrics={"accuracy": np.float32([0.125, 0.25, 0.5, 0.75, 0.9375, 0.875])},
+    evals=(Evaluation(3, 1.5, {"accuracy": 0.5}), Evaluation(6, 0.6, {"accuracy": 0.8125})),
+    total=6,
+    epoch=3,
+    examples=768,
+    seconds=0.0625,
+)
+TRAINED = like(
+    COMPILED,
+    command="train",
+    call="loss(net, train)",
+    output={"params": np.zeros(15, np.float32)},
+    draw=3,
+    weights="initialised in draw 3",
+    trained=CURVE,
+    timing=replace(COMPILED.timing, run=0.0625),
+)
+INTERRUPTED = replace(
+    TRAINED,
+    trained=replace(CURVE, total=500, epoch=4, stopped="interrupted"),
+    notes=(Note("stopped", "interrupted after 6 steps", "%flax_train --resume loss(net, train)"),),
+)
+UNDER_WAY = replace(TRAINED, trained=replace(CURVE, total=500, epoch=4))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -362,6 +363,7 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert "return jnp.log(plain_loss(net, batch) - limit)" in str(error.value)
     assert "write: %flax_train --resume later(net, data)" in str(error.value)
     assert np.isfinite(stopped.losses).all()
+    assert stopped.notes[-1].text == f"stopped after {plural(stopped.steps, 'step')}: {stopped.trained.stopped}"
     assert run.draw == 1
 
 
@@ -510,3 +512,29 @@ def test_variables_that_the_first_init_did_not_make_are_added():
     assert run.made is not None
     assert run.made.added
     assert sorted(session.models["net"].variables["params"]) == ["first", "last"]
+
+
+def test_variables_of_a_frozen_dict_are_trained_as_dicts():
+    session, plain = session_of(Switched()), session_of(Switched())
+    variables = session.init("net", DATA["x"])
+    session.models["net"].variables = flax.core.freeze(variables)
+    plain.init("net", DATA["x"])
+    plain.models["net"].variables = variables
+    runs = [
+        each.train(switched_loss, "net", DATA, optimizer=optax.adam(0.1), steps=2, epochs=None)
+        for each in (session, plain)
+    ]
+    assert bits(runs[0].losses) == bits(runs[1].losses)
+    assert bits(runs[0].output) == bits(runs[1].output)
+
+
+def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
+    monkeypatch.setattr(train, "OFTEN", 0.0)
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=1)
+    monkeypatch.setattr(train, "SHOWN", 0.0)
+    session.services.on_progress = lambda run: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        session.train(plain_loss, "net", DATA, eval=DATA, epochs=2, resume=True)
+    run = session.runs[-1]
+    assert (run.steps, len(run.eval), run.trained.stopped) == (3, 1, "interrupted")
