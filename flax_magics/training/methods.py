@@ -154,7 +154,9 @@ class LossMethods:
             entry.model.has_same_layout()
             freeze = options.freeze if entry.training is None or not options.resume else entry.training.freeze
             loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
-            begun = None if options.resume else beginning_of(state, entry, loss, call, options, self._keeping.limit)
+            begun = (
+                None if options.resume else beginning_of(state, entry, loss, call, options, limit=self._keeping.limit)
+            )
             commit = Committing(self, state, begun)
             said = (*more, *notes)
             return train_model(state, entry, loss, call, options, services=self.services, said=said, commit=commit)

@@ -38,7 +38,7 @@ class Beginning(NamedTuple):
 
 
 def beginning_of(
-    state: State, entry: ModelEntry, loss: Loss, call: Call, options: TrainOptions, limit: int
+    state: State, entry: ModelEntry, loss: Loss, call: Call, options: TrainOptions, *, limit: int
 ) -> Beginning | None:
     """The beginning of a new training; None where it would hold more than `limit` bytes, or cannot be begun again.
 
