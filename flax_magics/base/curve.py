@@ -34,6 +34,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
       batch, epochs, steps, freeze: see `Session.train`.
       eval: the text of the `--eval` data, empty without any.
       arrays: its data are arrays, and no iterable of batches.
+      takes_loss: the optimizer's `update` takes the loss, too.
       parts: how many steps were finished when each of its commands ended, the present one left out.
     """
 
@@ -44,6 +45,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
     eval: str = ""
     freeze: tuple[str, ...] = ()
     arrays: bool = True
+    takes_loss: bool = False
     parts: tuple[int, ...] = ()
 
 

@@ -56,6 +56,8 @@ class TrainLines:
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
+        if self.task.takes_loss:
+            raise CannotSay("the `update` of its optimizer takes the loss, too")
         self.loss, self.after_net = taken_apart(command)
         self.cut = bool(shuffled(command.runs[-1]))
         self.streams = (*self.facts.streams, *shuffled(command.runs[-1]))
@@ -181,39 +183,86 @@ class TrainLines:
 
     def loop(self, step: str, optimizer: str, *, static: Sequence[str] = (), constant: Sequence[str] = ()) -> list[str]:
         """The loop over the steps of this part."""
-        (first, end, _), number, body = self.part, self.own("step"), list[str]()
-        steps, source = (
-            f"range({first}, {end})" if first else f"range({end})",
-            self.own("data" if self.task.arrays else "batch"),
-        )
-        head = f"for {number} in {steps}:"
-        given = [source, *self.arguments.outside[1:]]
+        (first, end, _), number, unit = self.part, self.own("step"), self.writer.unit
+        state, curve, values = self.own("state"), self.own("curve"), self.own("values")
+        source = self.own("data" if self.task.arrays else "batch")
+        before = [optimizer, *static, state, *constant, source, *self.arguments.outside[1:]]
+        after = [number, *map(self.key, self.keys)]
+        rows = [self.own("rows")] if self.cut else []
+        steps = f"range({first}, {end})" if first else f"range({end})"
+        head, body = f"for {number} in {steps}:", list[str]()
         if not self.task.arrays:
             self.writer.needs.add("np")
             head = f"for {number}, {source} in zip({steps}, {self.own('batches')}):"
             body.append(f"{source} = jax.tree.map(np.asarray, {source})")
-        if self.cut:
-            self.writer.needs.add("np")
-            epoch, place, order, rows = map(self.own, ("epoch", "place", "order", "rows"))
-            key, size = f"jax.random.fold_in({self.key('shuffle')}, {epoch})", self.task.batch
-            begins = f"{place} == 0" + f" or {number} == {first}" * bool(first)
-            body += [
-                f"{epoch}, {place} = divmod({number}, {self.curve.epoch})",
-                f"if {begins}:",
-                f"{self.writer.unit}{order} = jax.random.permutation({key}, len(jax.tree.leaves({source})[0]))",
-                f"{rows} = np.asarray({order})[{size} * {place} : {size} * ({place} + 1)]",
+        one = [call(f"{state}, {values} = {step}(", [*before, *rows, *after]), f"{curve}.append({values})"]
+        size = self.curve.group
+        if size == 1:
+            body += [*self._rows("1"), *one]
+        else:
+            many, fits, place = self.own("many"), self.own("fits"), self.own("place") if self.cut else number
+            full = f" and {place} + {size} <= len({self.own('order')}) // {self.task.batch}" if self.cut else ""
+            whole = [
+                f"{fits} = {place} % {size} == 0{full}",
+                f"{many} = {size} if {fits} and {number} + {size} <= {end} else 1",
             ]
-            given.append(rows)
-        state, curve, values = self.own("state"), self.own("curve"), self.own("values")
-        passed = [optimizer, *static, state, *constant, *given, number, *map(self.key, self.keys)]
-        body += [call(f"{state}, {values} = {step}(", passed), f"{curve}.append({values})"]
-        return [*([] if first else [f"{curve} = []"]), head, *indented(body, self.writer.unit)]
+            rows = [f"{rows[0]}.reshape({size}, {self.task.batch})"] if rows else []
+            together = call(f"{state}, {values} = {self.steps(step, static, constant)}(", [*before, *rows, *after])
+            parts = f"{curve} += [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({size})]"
+            head = f"while {number} < {end}:"
+            body += [*self._rows(many, whole), *([] if self.cut else whole), f"if {many} == 1:"]
+            body += [*indented(one, unit), "else:", *indented([together, parts], unit), f"{number} += {many}"]
+        begin = [*([] if first else [f"{curve} = []"]), *([] if size == 1 else [f"{number} = {first}"])]
+        return [*begin, head, *indented(body, unit)]
+
+    def _rows(self, many: str, whole: Sequence[str] = ()) -> list[str]:
+        """The lines that take the rows of `many` steps, in an order that is drawn for each epoch; none without rows.
+
+        Args:
+          whole: lines that say how many steps, which stand below those that draw the order.
+        """
+        if not self.cut:
+            return []
+        self.writer.needs.add("np")
+        first, number, size, unit = self.part.first, self.own("step"), self.task.batch, self.writer.unit
+        epoch, place, order, rows = map(self.own, ("epoch", "place", "order", "rows"))
+        key, data = f"jax.random.fold_in({self.key('shuffle')}, {epoch})", self.own("data")
+        begins = f"{place} == 0" + f" or {number} == {first}" * bool(first)
+        return [
+            f"{epoch}, {place} = divmod({number}, {self.curve.epoch})",
+            f"if {begins}:",
+            f"{unit}{order} = jax.random.permutation({key}, len(jax.tree.leaves({data})[0]))",
+            *whole,
+            f"{rows} = np.asarray({order})[{size} * {place} : {size} * ({place} + {many})]",
+        ]
+
+    def steps(self, step: str, static: Sequence[str], constant: Sequence[str]) -> str:
+        """Makes sure that the function is defined that does several steps in one program, and returns its name."""
+        size = self.curve.group
+        data = "data" if self.cut else self.arguments.parameters[0]
+        passed = [data, *self.arguments.parameters[1:], *(["rows"] if self.cut else [])]
+        given = ["optimizer", *static, "state", *constant, *passed, "step", *self.keys.values()]
+        numbers = f"step + jnp.arange({size})"
+        body = [
+            f"def one(state, {'each' if self.cut else 'step'}):",
+            *([f"{self.writer.unit}rows, step = each"] if self.cut else []),
+            f"{self.writer.unit}{call(f'return {step}(', given)}",
+            "",
+            f"return jax.lax.scan(one, state, {f'(rows, {numbers})' if self.cut else numbers})",
+        ]
+        names = (step.replace("train_step", "train_steps", 1), f"{step}_in_groups")
+        fixed = ("optimizer", *static, *self.arguments.static)
+        return self.define(names, given, body, decorator="jax.jit", static=fixed)
 
     def ended(self, variables: str) -> list[str]:
         """The lines after the loop: the digest of the variables, and the Run as far as the script has it."""
         if not self.part.is_last:
             return [f"# Interrupted here, after {self.part.end} steps."]
         lines = self.writer.show(self.command.label, variables)
+        if self.curve.evals:
+            looks = f"the looks at `{self.task.eval}` while it trains"
+            self.command.context.unexported.append(looks)
+            lines = [f"# Left out: {looks}.", *lines]
         if self.command.site.target:
             self.writer.needs |= {"np", "types"}
             curve, text = self.own("curve"), self.writer.text

@@ -101,7 +101,7 @@ def why_of_step(
     if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
         return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
     params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
-    changed = step.updated(params, grads, opt_state)[0]
+    changed = params if step.takes_loss else step.updated(params, grads, opt_state)[0]
     paths = jax.tree_util.tree_flatten_with_path(changed)[0]
     bad = next((_steps_of(path) for path, leaf in paths if is_bad(leaf)), "a parameter")
     return f"the loss and its gradients are finite, and the optimizer makes {bad} infinite"

@@ -108,7 +108,9 @@ class Schedule:
     def next_look(self, step: int) -> int | None:
         """The first step after that one before which a group has to end: a look, or the end of all."""
         ends = [] if self.total is None else [self.total]
-        if self._looks and self.steps is not None and self.epochs is None:
+        if self._looks and self.epochs is not None and self.per_epoch is not None:
+            ends.append(step - step % self.per_epoch + self.per_epoch)
+        elif self._looks and self.steps is not None:
             ends += [round(self.steps * n / 10) for n in range(1, 10)]
         return min((end for end in ends if end > step), default=None)
 

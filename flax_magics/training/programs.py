@@ -16,7 +16,7 @@ from ..models.calls import Kwargs, signature_of
 from ..rng.keys import Words
 from .data import Batch, Data
 from .group import StepProgram
-from .step import Step, StepResult, TrainState
+from .step import Step, StepResult, TrainState, lacks_loss
 
 
 class StepPrograms:
@@ -28,6 +28,7 @@ class StepPrograms:
       state: before the first step.
 
     Attributes:
+      step: with what its optimizer turned out to take.
       origin: where the first program came from: `compiled`, `disk cache` or `reused`.
       timing: of all that was traced, lowered and compiled for steps one by one.
     """
@@ -104,7 +105,13 @@ class StepPrograms:
 
         program.__name__ = program.__qualname__ = self.name
         jitted: Any = jax.jit(program)
-        traced = jitted.trace(*inputs)
+        try:
+            traced = jitted.trace(*inputs)
+        except TypeError as error:
+            if self.step.takes_loss or not lacks_loss(error):
+                raise
+            self.step = replace(self.step, takes_loss=True)
+            return self._begin(batch)
         where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
         return self._services.programs.begin_compiling(traced, self._phase, where)
 

@@ -50,6 +50,7 @@ class Step(Struct, frozen=True, eq=False):
       arguments: those after the net, a batch in the place of the data.
       batched: names of their leaves that belong to the batch, in order.
       impl: PRNG implementation of the keys.
+      takes_loss: the optimizer's `update` takes `value`, `grad` and `value_fn`, too, as those do that search along a line.
     """
 
     loss: Loss
@@ -58,6 +59,7 @@ class Step(Struct, frozen=True, eq=False):
     arguments: Arguments
     batched: tuple[str, ...]
     impl: str
+    takes_loss: bool = False
 
     def step(
         self, state: TrainState, keys: Mapping[str, Leaf], number: Leaf, rows: HostArray | None, arguments: Kwargs
@@ -83,7 +85,15 @@ class Step(Struct, frozen=True, eq=False):
 
         trained = self.loss.parameters(state.variables)
         (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        params, opt_state = self.updated(self.loss.as_users(trained), self.loss.as_users(grads), state.opt_state)
+        params, grads = self.loss.as_users(trained), self.loss.as_users(grads)
+        of_loss: dict[str, Any] = {}
+        if self.takes_loss:
+            of_loss = {
+                "value": value,
+                "grad": grads,
+                "value_fn": lambda tree: loss_of(self._as_values(tree, trained))[0],
+            }
+        params, opt_state = self.updated(params, grads, state.opt_state, **of_loss)
         variables = with_updates(state.variables, updates, record)
         variables = self.loss.put_into(variables, self._as_values(params, trained))
         alive = state.alive & is_finite((value, grads, variables))
@@ -105,11 +115,11 @@ class Step(Struct, frozen=True, eq=False):
         state, results = jax.lax.scan(one, state, (numbers, rows))
         return StepResult(state, *results)
 
-    def updated(self, params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+    def updated(self, params: PyTree, grads: PyTree, opt_state: PyTree, **of_loss: Any) -> tuple[PyTree, PyTree]:
         """Parameters and optimizer state after one update of the optimizer."""
         import optax  # type: ignore[import-untyped]
 
-        changes, opt_state = self.optimizer.update(grads, opt_state, params)
+        changes, opt_state = self.optimizer.update(grads, opt_state, params, **of_loss)
         return optax.apply_updates(params, changes), opt_state
 
     def _as_values(self, tree: PyTree, like: PyTree) -> PyTree:
@@ -120,6 +130,11 @@ class Step(Struct, frozen=True, eq=False):
         places = jax.tree_util.tree_leaves(self.loss.as_users(filled(range(len(leaves)))))
         ordered = dict(zip(places, jax.tree_util.tree_leaves(tree), strict=True))
         return filled([ordered[n] for n in range(len(leaves))])
+
+
+def lacks_loss(error: TypeError) -> bool:
+    """Whether an optimizer's `update` has failed without the loss: `optax.lbfgs`, `optax.contrib.reduce_on_plateau`."""
+    return "missing" in str(error) and "'value'" in str(error)
 
 
 def with_updates(variables: Variables, updates: Updates, record: CallTrace) -> Variables:

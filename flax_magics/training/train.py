@@ -312,7 +312,7 @@ class Trainer:
             shown = ", ".join(map(str, rows[:ROWS])) + (", …" if len(rows) > ROWS else "")
             place += f" (epoch {loop.step // (self.data.per_epoch or 1)}, rows {shown})"
         request = replace(self.traced.request, variables=loop.state.variables, guess=self.traced.needs)
-        why = why_of_step(self.step, request, loop.state.opt_state, (keys, arguments, rows), value)
+        why = why_of_step(self.programs.step, request, loop.state.opt_state, (keys, arguments, rows), value)
         return f"{place} is not finite and was not taken: {why}"
 
     def _on_step(self) -> None:
@@ -349,7 +349,8 @@ class Trainer:
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
         """
         loop, ready = self.loop, self.ready
-        curve, state = replace(loop.curve, task=self.task), loop.state
+        task = replace(self.task, takes_loss=self.programs.step.takes_loss)
+        curve, state = replace(loop.curve, task=task), loop.state
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
         output = self.loss.as_users(values) if final else RELEASED

@@ -16,7 +16,7 @@ from by_hand import Ticks, bits
 from sessions import session_of
 
 from flax_magics.base import threads
-from flax_magics.base.threads import Running, Unfinished, elsewhere, uninterrupted
+from flax_magics.base.threads import Interrupts, Running, Unfinished, elsewhere, uninterrupted
 from flax_magics.compile.cache import ProgramCache
 
 
@@ -46,6 +46,52 @@ def test_another_thread_is_left_alone():
     thread.start()
     thread.join()
     assert done == [signal.getsignal(signal.SIGINT)]
+
+
+def test_an_interrupt_is_noted_and_raised_where_it_is_asked_for():
+    done = []
+
+    def block() -> None:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            done.append(interrupts.signal is not None)
+            interrupts.check()
+            done.append("not raised")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_in_an_opened_block_an_interrupt_is_raised_at_once(before):
+    done = []
+
+    def block() -> None:
+        with Interrupts() as interrupts:
+            if before:
+                signal.raise_signal(signal.SIGINT)
+            with interrupts.opened():
+                done.append("opened")
+                signal.raise_signal(signal.SIGINT)
+                done.append("not raised")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == ([] if before else ["opened"])
+
+
+@pytest.mark.parametrize("error", [None, ValueError("of its own")])
+def test_an_interrupt_that_nobody_asked_for_is_raised_at_the_end_and_never_in_the_place_of_an_error(error):
+    def block() -> None:
+        with Interrupts():
+            signal.raise_signal(signal.SIGINT)
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt if error is None else ValueError):
+        block()
 
 
 def test_elsewhere_is_another_thread_with_the_arguments_as_arrays():

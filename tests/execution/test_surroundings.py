@@ -8,6 +8,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -201,12 +202,16 @@ def test_the_calling_frames_tell_most_where_a_version_has_the_private_name_no_lo
 
 # -- every command
 
+
+def total(net, x):
+    return net(x).sum()
+
+
 REFUSING = {
     "register": lambda session: session.register("other", nn.Dense(3)),
     "register_all": lambda session: session.register_all({"other": nn.Dense(3)}),
     "init": lambda session: session.init("net", X),
     "apply": lambda session: session.apply("net", X),
-    "grad": lambda session: session.grad(lambda net, x: net(x).mean(), "net", X),
     "assign": lambda session: session.assign("net", {}),
     "key": lambda session: session.key("noise"),
     "run_key": lambda session: session.run_key("noise"),
@@ -214,19 +219,21 @@ REFUSING = {
     "run_replay": lambda session: session.run_replay("last"),
     "restart": lambda session: session.restart(3, fresh=True),
     "load": lambda session: session.load("session.safetensors"),
+    "grad": lambda session: session.grad(total, "net", X),
+    "train": lambda session: session.train(total, "net", X, optimizer=optax.sgd(0.1), steps=1),
 }
-"""Methods of a session that draw, run or change it; `init`, `apply` and `grad` call `run_init`, `run_apply` and `run_grad`,
+"""Methods of a session that draw, run or change it; `init`, `apply`, `grad` and `train` call those that begin with `run_`,
 
 and `run_again` leaves it to `run_apply` to refuse."""
 HARMLESS = {
     "summary", "run_summary", "variables", "history", "last", "module", "save", "autosave", "export",
-    "settle", "run_export",
+    "settle", "run_export", "training_of",
 }  # fmt: skip
 
 
 def test_every_method_of_a_session_is_one_or_the_other():
     public = {name for name, value in inspect.getmembers(Session, callable) if not name.startswith("_")}
-    assert public <= {*REFUSING, "run_init", "run_apply", "run_grad", "run_again", *HARMLESS}
+    assert public <= {*REFUSING, "run_init", "run_apply", "run_again", "run_grad", "run_train", *HARMLESS}
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import jax
 import pytest
 from exporting import NNX_NET, NORMED, assert_same, digests_of, exported, printed
+from msgspec.structs import replace
 
 from flax_magics.base.digest import digest_of
+from flax_magics.training.loop import Loop
+
+curve = Loop.curve.fget
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -23,6 +27,7 @@ def loss(net, x):
     return (net(x) ** 2).mean()
 """
 SHOWN = """\
+import numpy as np
 print(np.array([each["loss"] for each in curve]).tobytes().hex())
 print_digest("", jax.tree.leaves(opt_state))
 """
@@ -127,3 +132,17 @@ def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(note
     notebook("%flax_apply --eval -q normed(x)")
     script = exported(notebook)
     assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
+
+
+@pytest.mark.parametrize("batch", ["--batch 4 ", ""])
+def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, monkeypatch, batch):
+    notebook(NORMED)
+    notebook(LOSS)
+    monkeypatch.setattr(Loop, "curve", property(lambda loop: replace(curve(loop), group=2)))
+    notebook(f"%flax_train -q --optimizer optax.adam(1e-2) {batch}--steps 11 loss(normed, train)")
+    script = exported(notebook)
+    assert "    return train_step(optimizer, state, data, rows, step, dropout_key)\n" in script or not batch
+    assert "state, values = train_steps(" in script
+    assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
+    lines = [line.split()[-1] for line in printed(f"{script}\n{SHOWN}", tmp_path)[-2:]]
+    assert lines[0] == notebook.session.runs[-1].losses.tobytes().hex()

@@ -538,3 +538,26 @@ def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
         session.train(plain_loss, "net", DATA, eval=DATA, epochs=2, resume=True)
     run = session.runs[-1]
     assert (run.steps, len(run.eval), run.trained.stopped) == (3, 1, "interrupted")
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau())])
+def test_an_optimizer_that_takes_the_loss_is_given_it(optimizer):
+    session, hand = session_of(Dense()), ByHand(Dense(), plain_loss, optimizer)
+    run = session.train(plain_loss, "net", DATA, optimizer=optimizer, steps=4)
+    hand.init(DATA)
+
+    def step(variables: Any, opt_state: Any, batch: Any, keys: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            return nn.apply(plain_loss, hand.net)({"params": params}, batch)
+
+        params = variables["params"]
+        value, grads = jax.value_and_grad(loss_of)(params)
+        of_loss = {"value": value, "grad": grads, "value_fn": loss_of}
+        changes, opt_state = optimizer.update(grads, opt_state, params, **of_loss)
+        return {"params": optax.apply_updates(params, changes)}, opt_state, value, {}
+
+    hand._step = jax.jit(step)
+    for _ in range(4):
+        hand.take(DATA)
+    same_as(hand, session, run)
+    assert run.trained.task.takes_loss is True

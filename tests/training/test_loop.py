@@ -1,0 +1,51 @@
+"""How long a training is, when it looks at other data, and what its numbers are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flax_magics.base.curve import Curve
+from flax_magics.training.loop import Numbers, Schedule
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "per_epoch", "total", "looks"),
+    [
+        (3, None, 4, 12, [4, 8, 12]),
+        (2, None, 1, 2, [1, 2]),
+        (None, 20, 4, 20, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]),
+        (None, 4, None, 4, [1, 2, 3, 4]),
+        (None, 3, 100, 3, [1, 2, 3]),
+    ],
+)
+def test_data_are_looked_at_each_epoch_or_ten_times_and_at_the_end(epochs, steps, per_epoch, total, looks):
+    schedule = Schedule(epochs, steps, per_epoch, looks=True)
+    assert schedule.total == total
+    assert [step for step in range(total + 1) if schedule.looks_after(step)] == looks
+    for step in range(total):
+        assert schedule.next_look(step) == next(look for look in looks if look > step)
+    without = Schedule(epochs, steps, per_epoch, looks=False)
+    assert not any(without.looks_after(step) for step in range(total + 1))
+    assert without.next_look(0) == total
+
+
+def test_an_iterable_says_how_long_it_is_when_it_ends():
+    schedule = Schedule(2, None, None, looks=True)
+    assert (schedule.total, schedule.looks_after(3)) == (None, False)
+    schedule.end_epoch(3, 1)
+    assert (schedule.total, schedule.looks_after(3)) == (6, True)
+    schedule.end_epoch(5, 2)  # shorter, the second time
+    assert (schedule.total, schedule.looks_after(5)) == (5, True)
+
+
+def test_numbers_grow_and_what_was_read_stays():
+    numbers = Numbers(Curve(losses=np.float32([3.0]), metrics={"accuracy": np.float32([0.5])}))
+    numbers.add(np.float32(2.0), {"accuracy": np.float32(0.25), "late": np.int32(7)}, 1)
+    before, metrics = numbers.losses, numbers.metrics
+    numbers.add(np.arange(100, dtype=np.float64), {"accuracy": np.ones(100, np.float32), "late": np.ones(100)}, 99)
+    assert before.tolist() == [3.0, 2.0]
+    assert metrics["accuracy"].tolist() == [0.5, 0.25]
+    np.testing.assert_array_equal(metrics["late"], np.float32([np.nan, 7]))
+    assert (numbers.count, numbers.losses.tolist()) == (101, [3.0, 2.0, *range(99)])
+    assert {array.dtype.name for array in (numbers.losses, *numbers.metrics.values())} == {"float32"}
