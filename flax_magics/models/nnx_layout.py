@@ -250,13 +250,26 @@ class Layout(Struct, dict=True):
 
     def assignments(self, values: Mapping[str, Mapping[str, PyTree]]) -> list[Assignment]:
         """The Assignments that write `values`, of all or some variables, into the module's own objects."""
-        slots = self._by_name
-        rows = [(collection, name, value) for collection, tree in values.items() for name, value in tree.items()]
-        return [slots[kind, name].assignment(value) for kind, name, value in rows if (kind, name) in slots]
+        plain, others = self._by_name
+        assignments: list[Assignment] = []
+        for kind, tree in values.items():
+            for name, value in tree.items():
+                if (kind, name) in plain:  # most are, and every run writes them
+                    assignments.append((*plain[kind, name], value))
+                elif (kind, name) in others:
+                    assignments.append(others[kind, name].assignment(value))
+        return assignments
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, str], Slot]:
-        return {(slot.collection, slot.name): slot for slot in self.slots}
+    def _by_name(self) -> tuple[dict[tuple[str, str], Assignment], dict[tuple[str, str], Slot]]:
+        """By type and name: the Assignments of plain Variables, but for the value, and the slots of everything else."""
+        plain, others = dict[tuple[str, str], Assignment](), dict[tuple[str, str], Slot]()
+        for slot in self.slots:
+            if slot.holder is None and not slot.ref:
+                plain[slot.collection, slot.name] = slot.assignment(None)[:-1]
+            else:
+                others[slot.collection, slot.name] = slot
+        return plain, others
 
 
 def _on_arrays(module: nnx.Module) -> PyTree:
