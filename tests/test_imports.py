@@ -41,7 +41,8 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
         *("flax_magics.line.call", "flax_magics.line.commands", "flax_magics.line.expression"),
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
         *("flax_magics.notebook.interrupts", "flax_magics.notebook.magics", "flax_magics.notebook.notebook"),
-        *("flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks", "flax_magics.report.display"),
+        *("flax_magics.notebook.reporter", "flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks"),
+        "flax_magics.report.display",
     }
     others = {name.partition(".")[0] for name in imported - ours} - {"IPython"}
     assert others <= {"_blake2", "_hashlib", "bdb", "hashlib"}

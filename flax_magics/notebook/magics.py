@@ -38,7 +38,8 @@ from ..line.commands import (
 from ..line.options import ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, parse_variables, with_package
 from .completion import Matcher
-from .notebook import KNOWN_LINES, KnownLine, Notebook, Settings, existing
+from .notebook import KNOWN_LINES, KnownLine, Notebook, existing
+from .reporter import Settings
 from .run_cell import assigned_to, displayed, line_magic_transformer, run_body
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from runs_to_show import CURVE, INTERRUPTED, TRAINED, UNDER_WAY
 from flax_magics import Session
 from flax_magics.base.files import RUN_JSON
 from flax_magics.execution.record import Outcome
-from flax_magics.notebook.notebook import CommandInProgress, Reporter, Settings
+from flax_magics.notebook.notebook import CommandInProgress
+from flax_magics.notebook.reporter import Reporter, Settings
 from flax_magics.report.live import Live
 from flax_magics.report.text import normal
 from flax_magics.run import Run

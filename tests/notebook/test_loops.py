@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
 from flax_magics.base.files import RUN_JSON, RUNS_JSON
-from flax_magics.notebook import notebook as module
-from flax_magics.notebook.notebook import Reporter, Settings
+from flax_magics.notebook import reporter as module
+from flax_magics.notebook.reporter import Reporter, Settings
 from flax_magics.report.live import Live
 from flax_magics.run import Note, Run
 
