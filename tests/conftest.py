@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -68,6 +69,13 @@ def optimised_little() -> None:
 
     jax.config.update(OPTIMISED_LITTLE, True)
     jax.clear_caches()  # of operations that files ran when they were imported
+
+
+@pytest.fixture(autouse=True, scope="module")
+def young_heap() -> None:
+    """A collection looks at what this file makes alone: what earlier ones left would make each take seconds in the end."""
+    gc.collect()
+    gc.freeze()
 
 
 _executables: dict[Any, Any] = {}

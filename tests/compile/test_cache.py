@@ -279,7 +279,7 @@ def stop(*args, **kwargs):
   raise KeyboardInterrupt
 
 session = Session(0)
-session.register("net", nn.Sequential([layer for i in range(40) for layer in (nn.Dense(64 + i), nn.relu)]))
+session.register("net", nn.Sequential([layer for i in range(12) for layer in (nn.Dense(64 + i), nn.relu)]))
 concurrent.futures.wait = stop
 try:
   session.apply("net", jnp.ones((4, 64)))
