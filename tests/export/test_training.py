@@ -8,9 +8,9 @@ from exporting import NNX_NET, NORMED, assert_same, digests_of, exported, printe
 from msgspec.structs import replace
 
 from flax_magics.base.digest import digest_of
-from flax_magics.training.loop import Loop
+from flax_magics.training.loop import TrainingLoop
 
-curve = Loop.curve.fget
+curve = TrainingLoop.curve.fget
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -138,7 +138,7 @@ def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(note
 def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, monkeypatch, batch):
     notebook(NORMED)
     notebook(LOSS)
-    monkeypatch.setattr(Loop, "curve", property(lambda loop: replace(curve(loop), group=2)))
+    monkeypatch.setattr(TrainingLoop, "curve", property(lambda loop: replace(curve(loop), group=2)))
     notebook(f"%flax_train -q --optimizer optax.adam(1e-2) {batch}--steps 11 loss(normed, train)")
     script = exported(notebook)
     assert "    return train_step(optimizer, state, data, rows, step, dropout_key)\n" in script or not batch
