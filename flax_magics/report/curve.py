@@ -42,9 +42,9 @@ def steps_of(curve: Curve) -> str:
 
 
 def epochs_of(curve: Curve) -> tuple[str, ...]:
-    """How many epochs are finished: `epoch 2.1`; empty where the length of one is not known."""
+    """How many epochs are finished: `epoch 2.1`; empty where the length of one is not known, or is a single step."""
     steps = len(curve.losses)
-    if not curve.epoch or not steps:
+    if not curve.epoch or curve.epoch == 1 or not steps:
         return ()
     # Rounded down: an epoch that is not over is not shown as if it were.
     whole, tenths = divmod(steps * 10 // curve.epoch, 10)

@@ -47,6 +47,11 @@ def test_the_line_of_one_under_way_says_how_far_it_is() -> None:
         """)
 
 
+def test_where_an_epoch_is_a_step_or_is_of_unknown_length_epochs_are_not_told() -> None:
+    for epoch in (1, None):
+        assert "epoch" not in report(with_curve(TRAINED, epoch=epoch), "line")
+
+
 def test_the_normal_form_has_a_line_for_each_loss_and_metric() -> None:
     assert normal(TRAINED) == exactly("""
         net · train (training=True) · cpu:0 · draw 3 of seed 0
