@@ -81,6 +81,9 @@ def _of_training(command: CommandLines) -> CommandLines:
         return command
     index = context.going(command.site)
     if index is None:
+        arguments = command.site.call.arguments if command.site.call is not None else ()
+        net = next((text for name, text in arguments if name is None), "")
+        context.lost[net] = f"the weights of `{net}` come from a training that has no lines"
         raise CannotSay("it goes on with a training that has no lines")
     return CommandLines(context, command.site, [index])
 

@@ -146,3 +146,20 @@ def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, m
     assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
     lines = [line.split()[-1] for line in printed(f"{script}\n{SHOWN}", tmp_path)[-2:]]
     assert lines[0] == notebook.session.runs[-1].losses.tobytes().hex()
+
+
+def test_what_comes_after_a_training_of_a_file_is_left_out(notebook, tmp_path):
+    for cell in (
+        NORMED,
+        LOSS,
+        "%flax_train -q --optimizer optax.adam(1e-2) --steps 2 loss(normed, train)",
+        f"%flax_save -q {tmp_path}/a.safetensors",
+        f"%flax_load {tmp_path}/a.safetensors",
+        "%flax_train -q --resume --steps 4 --optimizer optax.adam(1e-2) loss(normed, train)",
+        "%flax_apply --eval -q normed(x)",
+    ):
+        notebook(cell)
+    script = exported(notebook)
+    assert "# Left out: it goes on with a training that has no lines.\n" in script
+    assert "# Left out: the weights of `normed` come from a training that has no lines.\n" in script
+    assert digests_of(printed(script, tmp_path)) == []
