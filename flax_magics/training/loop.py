@@ -209,6 +209,7 @@ class TrainingLoop:
             raise
         finally:
             self._seconds, self._since = self.seconds, None
+            self._data.close()
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
         schedule, pending, ahead = self._schedule, self._pending, self.state
