@@ -143,7 +143,6 @@ KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Den
 SUM = "def loss(net, x):\n  return net(x).sum()"
 OPTAX = "import optax"
 TRAIN = "%flax_train --optimizer optax.sgd(0.1)"
-ROOTED = "offset = 1.0\ndef loss(net, x):\n  return jnp.sqrt((net(x) ** 2).mean() + offset)"
 OF_IMAGES = "def loss(net, batch):\n  return net(batch['image']).sum()"
 LOADER = """import sys, types
 class DataLoader:
@@ -489,8 +488,6 @@ SCENARIOS = [
     Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
     # -- trainings
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
-    Scenario("training.train.train", "%flax_train --resume --steps 4 loss(net, x)",
-             (NET, ROOTED, OPTAX, f"{TRAIN} --steps 2 loss(net, x);", "offset = jnp.nan"), use="offset = 1.0\n{}"),
     Scenario("training.train._finish", f"{TRAIN} --steps 9 loss(net, data)",
              (NET, SUM, OPTAX, "data = iter([x, x])"), use="data = [x, x]\n{}"),
     Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),

@@ -215,6 +215,7 @@ REFUSING = {
     "run_replay": lambda session: session.run_replay("last"),
     "restart": lambda session: session.restart(3, fresh=True),
     "load": lambda session: session.load("session.safetensors"),
+    "grad": lambda session: session.grad(lambda net, x: net(x).mean(), "net", X),
     "train": lambda session: session.train(lambda net, x: net(x).mean(), "net", X, optimizer=optax.sgd(0.1), steps=1),
 }
 """Methods of a session that draw, run or change it; `init`, `apply`, `grad` and `train` call those that begin with `run_`,

@@ -13,6 +13,7 @@ from runs_to_show import CURVE, INTERRUPTED, TRAINED, UNDER_WAY
 from flax_magics import Session
 from flax_magics.base.files import RUN_JSON
 from flax_magics.execution.record import Outcome
+from flax_magics.notebook.interrupts import InterruptGuard
 from flax_magics.notebook.notebook import CommandInProgress
 from flax_magics.notebook.reporter import Reporter, Settings
 from flax_magics.report.live import Live
@@ -29,6 +30,7 @@ class Training:
         settings = Settings(0, "auto", "auto", {}, False, 0)
         shell = SimpleNamespace(kernel=object(), display_pub=self)
         self.session, self.reporter = Session(), Reporter(shell, lambda: settings)
+        self.interrupts = InterruptGuard()
         self.reporter._live = Live(shell, delay=0.0, interval=0.0)
         self.held: list[Run] = []  # the session holds no outputs
         self.working: Any = None

@@ -277,7 +277,7 @@ def interrupted(session: Any, lines: int) -> Iterator[None]:
     def on_phase(phase: str) -> None:
         if phase.startswith("training"):
             session.services.on_phase = lambda phase: None
-            stack.enter_context(interrupted_after(lines, lambda: signal.raise_signal(signal.SIGINT)))
+            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT)))
 
     session.services.on_phase = on_phase
     try:
@@ -361,7 +361,9 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert f"step {stopped.steps} is not finite" in str(error.value)
     assert "log(-" in str(error.value)
     assert "return jnp.log(plain_loss(net, batch) - limit)" in str(error.value)
-    assert "write: %flax_train --resume later(net, data)" in str(error.value)
+    hint = "once the loss or its data are mended, `%flax_train --resume later(net, data)` goes on with this step"
+    assert error.value.hint == hint
+    assert error.value.write is None
     assert np.isfinite(stopped.losses).all()
     assert stopped.notes[-1].text == f"stopped after {plural(stopped.steps, 'step')}: {stopped.trained.stopped}"
     assert run.draw == 1
