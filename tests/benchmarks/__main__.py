@@ -14,7 +14,7 @@ from .table import Row, machine, table
 GROUPS = (
     *((partial(warm.measured, loops), [loop.row for loop in loops]) for loops in warm.PROCESSES),
     (fresh.sessions, [fresh.COLD, fresh.RESTART, *(edit.row for edit in fresh.EDITS)]),
-    (training.measured, [loop.row for loop in training.LOOPS]),
+    (training.measured, [window.row for window in training.WINDOWS]),
     (training.first, [training.FIRST]),
     (fresh.loading, [fresh.LOADING]),
     (fresh.importing, [fresh.OWN, fresh.MSGSPEC, fresh.JINJA]),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from .cells import Laps, Seconds, in_shell
 from .fresh import IMPORTS, LOAD
@@ -123,44 +123,59 @@ states = {'two': made(net), 'one': made(net), 'cnn': made(cnn), 'normed': made(n
 CELLS = [SETUP, LOAD, MODELS, BY_HAND]
 
 
-def _line(call: str, steps: int, optimizer: str = "tx") -> str:
-    return f"%flax_train -q --optimizer {optimizer} --batch 128 --steps {steps} {call}"
+def _line(call: str, steps: int) -> str:
+    return f"%flax_train -q --optimizer tx --batch 128 --steps {steps} {call}"
 
 
-def _loop(row: Row, steps: int, by_hand: str, ours: str) -> Loop:
-    return Loop(row, CELLS, by_hand, "", _line(ours, steps), runs=1)
+class Window(NamedTuple):
+    """A row of trainings of so many steps.
+
+    Attributes:
+      steps: so many take some ten seconds by hand.
+      by_hand: the call that does them.
+      ours: the loss's.
+    """
+
+    row: Row
+    steps: int
+    by_hand: str
+    ours: str
+
+    def loop(self, share: int) -> Loop:
+        """The row with so many times fewer steps."""
+        steps = self.steps // share
+        return Loop(self.row, CELLS, self.by_hand.replace("STEPS", str(steps)), "", _line(self.ours, steps), runs=1)
 
 
-MLP_STEPS, NNX_STEPS, CNN_STEPS = 25_000, 5_000, 400
-LOOPS = (
-    _loop(
-        Row("train", "a 64-128-10 MLP, batch 128, adamw, against separate programs for batch and step", 0.77),
-        MLP_STEPS,
-        f"trained(steps_of['two'], states['two'], {MLP_STEPS})",
+WINDOWS = (
+    Window(
+        Row("train", "a 64-128-10 MLP, batch 128, adamw, against a program for the batch and one for the step", 0.77),
+        40_000,
+        "trained(steps_of['two'], states['two'], STEPS)",
         "loss(net, train)",
     ),
-    _loop(
+    Window(
         Row("train-one", "the same against batch and step in one program", 0.87),
-        MLP_STEPS,
-        f"trained(steps_of['one'], states['one'], {MLP_STEPS})",
+        40_000,
+        "trained(steps_of['one'], states['one'], STEPS)",
         "loss(net, train)",
     ),
-    _loop(
+    Window(
         Row("train-norm", "the same with BatchNorm and Dropout", 0.83),
-        MLP_STEPS,
-        f"trained(steps_of['normed'], states['normed'], {MLP_STEPS})",
+        30_000,
+        "trained(steps_of['normed'], states['normed'], STEPS)",
         "loss_in_mode(normed, train)",
     ),
-    _loop(
-        Row("train-nnx", "the same in NNX, against nnx.jit and nnx.Optimizer", 0.33),
-        NNX_STEPS,
-        f"trained_nnx({NNX_STEPS})",
+    Window(
+        Row("train-nnx", "the MLP in NNX, against nnx.jit and nnx.Optimizer", 0.33),
+        10_000,
+        "trained_nnx(STEPS)",
         "loss(module, train)",
     ),
-    _loop(
+    Window(
         Row("train-cnn", "a CNN of some 20 ms a step, against one program", 1.02),
-        CNN_STEPS,
-        f"trained(steps_of['cnn'], states['cnn'], {CNN_STEPS})",
+        500,
+        "trained(steps_of['cnn'], states['cnn'], STEPS)",
         "loss(cnn, train)",
     ),
 )
@@ -168,14 +183,18 @@ FIRST = Row("train-first", "the first step of a training in a fresh process, mod
 
 
 def measured(keys: Collection[str], rounds: int) -> Seconds:
-    """Windows of trainings, all in one process; each of ours is a new training from the weights of the last."""
-    chosen = [loop for loop in LOOPS if loop.row.key in keys]
-    return in_shell(list(_laps(chosen, rounds)))
+    """Windows of trainings, all in one process; each of ours is a new training from the weights of the last.
+
+    Three of each; with few rounds two, of a tenth of the steps.
+    """
+    times, share = (3, 1) if rounds > 2 else (2, 10)
+    loops = [window.loop(share) for window in WINDOWS if window.row.key in keys]
+    return in_shell(list(_laps(loops, times)))
 
 
-def _laps(chosen: Iterable[Loop], rounds: int) -> Iterator[tuple[str, list[str]]]:
-    for n, loop in enumerate(chosen):
-        yield "", [] if n else loop.setup
+def _laps(loops: Iterable[Loop], rounds: int) -> Iterator[tuple[str, list[str]]]:
+    yield "", CELLS
+    for loop in loops:
         yield from loop.laps(rounds)
         yield "", ["assert flax_magics.session().runs[-1].kind.trains"]
 
@@ -189,8 +208,7 @@ def first(keys: Collection[str], rounds: int) -> Seconds:
     ours: Laps = [("", CELLS[:2]), ("train-first/ours", [MODELS, _line("loss(net, train)", 1)])]
     seconds: Seconds = {}
     for n in range(rounds):
-        with tempfile.TemporaryDirectory() as cache:
-            for laps in (by_hand, ours)[:: 1 if n % 2 == 0 else -1]:
-                for name, values in in_shell(laps, cache).items():
-                    seconds.setdefault(name, []).extend(values)
+        for laps in (by_hand, ours)[:: 1 if n % 2 == 0 else -1]:
+            for name, values in in_shell(laps).items():
+                seconds.setdefault(name, []).extend(values)
     return seconds
