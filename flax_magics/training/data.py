@@ -19,7 +19,6 @@ from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name
 from ..line.expression import without_option
-from ..models.calls import is_traced
 
 AHEAD = 2
 """How many batches of an iterable are fetched ahead of the step that takes them."""
@@ -307,10 +306,13 @@ def _rows_in(text: str, tree: PyTree) -> int:
 
 
 def _as_array(leaf: Any) -> Any:
-    """A leaf of a batch as JAX takes it: tensors of torch and TensorFlow as NumPy arrays, without a copy."""
-    if is_traced(leaf) or not hasattr(leaf, "__array__"):
+    """A leaf of a batch as JAX takes it: tensors of torch and TensorFlow as NumPy arrays.
+
+    A copy, since an iterable may fill one buffer again and again, and it is asked for the next batch before this is used.
+    """
+    if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
         return leaf
-    return np.asarray(leaf)
+    return np.array(leaf)
 
 
 class _Kind(str):

@@ -68,6 +68,24 @@ def test_a_tuple_or_a_single_array_is_data_too():
     assert alone.steps == 2
 
 
+class Buffer(Loader):
+    """A loader that fills one buffer with each batch."""
+
+    def __iter__(self) -> Any:
+        x, y = np.empty_like(self.batches[0]["x"]), np.empty_like(self.batches[0]["y"])
+        for batch in self.batches:
+            x[:], y[:] = batch["x"], batch["y"]
+            yield {"x": x, "y": y}
+        x[:] = np.nan
+
+
+def test_an_iterable_may_fill_one_buffer_again_and_again():
+    data = batches(2, 2, 2)
+    ours, expected = (trained(form(data), epochs=3, eval=form(data)) for form in (Buffer, list))
+    assert bits(ours.losses) == bits(expected.losses)
+    assert ours.eval == expected.eval
+
+
 @pytest.mark.parametrize("form", [list, Loader])
 def test_an_iterable_gives_its_batches_in_their_order_in_each_epoch(form):
     data = form(batches(2, 2, 1))
