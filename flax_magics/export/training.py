@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..base.curve import Curve
+from ..base.text import clean
 from ..run import Run
 from .context import CommandLines, shuffled
 from .functions import CannotSay, JittedFunction, as_written, split
@@ -260,7 +261,7 @@ class TrainLines:
             return [f"# Interrupted here, after {self.part.end} steps."]
         lines = self.writer.show(self.command.label, variables)
         if self.curve.evals:
-            looks = f"the looks at `{self.task.eval}` while it trains"
+            looks = f"the looks at `{clean(self.task.eval)}` while it trains"
             self.command.context.unexported.append(looks)
             lines = [f"# Left out: {looks}.", *lines]
         if self.command.site.target:

@@ -53,7 +53,6 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
             epochs=options.epochs if asked else resumed.epochs,
             steps=options.steps if asked else resumed.steps,
             freeze=resumed.freeze,
-            eval_text=options.eval_text or resumed.eval,
         )
     elif options.epochs is None and options.steps is None:
         message = "how long? --steps counts steps, --epochs times through the data."

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ..base.curve import Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing, devices_of
-from ..base.text import join, plural
+from ..base.text import clean, join, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -257,6 +257,10 @@ class Trainer:
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None and not self.data.exact:
             text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
+            found.append(Note("resume", text))
+        looked_at = "" if self.resumed is None else self.resumed.curve.task.eval
+        if looked_at and self.options.eval is None:
+            text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
             found.append(Note("resume", text))
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)

@@ -530,6 +530,17 @@ def test_variables_of_a_frozen_dict_are_trained_as_dicts():
     assert bits(runs[0].output) == bits(runs[1].output)
 
 
+def test_a_resumed_training_without_its_eval_data_says_that_it_no_longer_looks():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2, eval=DATA)
+    run = session.train(plain_loss, "net", DATA, steps=4, resume=True)
+    assert (len(run.eval), run.trained.task.eval) == (2, "")
+    text = "it no longer looks at `data`: the data of `--eval` have to be given again"
+    assert [note.text for note in run.notes if note.kind == "resume"] == [text]
+    run = session.train(plain_loss, "net", DATA, steps=6, resume=True)
+    assert [note.text for note in run.notes if note.kind == "resume"] == []
+
+
 def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
     monkeypatch.setattr(train, "OFTEN", 0.0)
     session = session_of(Dense())
