@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..base.curve import Curve
+from ..base.curve import ROW_ORDER, Curve
 from ..base.text import clean
 from ..run import Run
 from .context import CommandLines, shuffled
@@ -227,7 +227,7 @@ class TrainLines:
         self.writer.needs.add("np")
         first, number, size, unit = self.part.first, self.own("step"), self.task.batch, self.writer.unit
         epoch, place, order, rows = map(self.own, ("epoch", "place", "order", "rows"))
-        key, data = f"jax.random.fold_in({self.key('shuffle')}, {epoch})", self.own("data")
+        key, data = f"jax.random.fold_in({self.key(ROW_ORDER)}, {epoch})", self.own("data")
         begins = f"{place} == 0" + f" or {number} == {first}" * bool(first)
         return [
             f"{epoch}, {place} = divmod({number}, {self.curve.epoch})",

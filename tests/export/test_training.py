@@ -61,7 +61,7 @@ for step in range(9):
   epoch, place = divmod(step, 3)
   if place == 0:
     order = jax.random.permutation(
-      jax.random.fold_in(shuffle_key, epoch), len(jax.tree.leaves(data)[0])
+      jax.random.fold_in(row_order_key, epoch), len(jax.tree.leaves(data)[0])
     )
   rows = np.asarray(order)[8 * place : 8 * (place + 1)]
   state, values = train_step(optimizer, state, data, rows, step, dropout_key)
