@@ -108,11 +108,15 @@ class TrainLines:
             "new_params = optax.apply_updates(params, changes)",
         ]
 
-    def guarded(self, new: Sequence[str], old: Sequence[str]) -> list[str]:
-        """The last lines of the step, which is taken only if it is finite, and if all before it were."""
+    def guarded(self, new: Sequence[str], old: Sequence[str], changed: Sequence[str]) -> list[str]:
+        """The last lines of the step, which is taken only if it is finite, and if all before it were.
+
+        Args:
+          changed: what of the new values the step has changed.
+        """
         return [
             "# A step that is not finite is not taken, and none after it.",
-            call("leaves = jax.tree.leaves((", ["value", "grads", *new], "))"),
+            call("leaves = jax.tree.leaves((", ["value", "grads", *changed], "))"),
             "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
             f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
             "state = jax.lax.cond(finite, lambda: new, lambda: old)",
@@ -297,8 +301,9 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
     if training.metrics and mutable:
         inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
     kept = [name for name in facts.mutable if name in facts.kept]
-    updates = "**updates, " if kept and kept == [*facts.mutable] else ""
-    updates = updates or "".join(f"{writer.text(name)}: updates[{writer.text(name)}], " for name in kept)
+    written = ["updates"] if kept and kept == [*facts.mutable] else [f"updates[{writer.text(name)}]" for name in kept]
+    updates = "".join(f"{writer.text(name)}: {tree}, " for name, tree in zip(kept, written, strict=False))
+    updates = "**updates, " if written == ["updates"] else updates
     body = [
         "variables, opt_state, finite = state",
         *training.given(),
@@ -309,7 +314,7 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
         "",
         *training.updated("updates" if mutable else ""),
         f"new_variables = {{**variables, {updates}{own}: {whole.format('new_params')}}}",
-        *training.guarded(["new_variables"], ["variables"]),
+        *training.guarded(["new_variables"], ["variables"], ["new_params", *written]),
     ]
     step = training.step(body)
     opt_state, state = training.own("opt_state"), training.own("state")
@@ -386,7 +391,7 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
         *indented(inside, writer.unit),
         "",
         *training.updated("new_stats" if written else ""),
-        *training.guarded(["new_params", *new_stats], ["params", *stats]),
+        *training.guarded(["new_params", *new_stats], ["params", *stats], ["new_params", *new_stats]),
     ]
     step = training.step(body, static=["graphdef"], constant=["rest"])
     copy, graphdef, rest = training.own(f"{model.name}_copy"), training.own("graphdef"), training.own("rest")

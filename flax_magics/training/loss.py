@@ -210,7 +210,8 @@ class Loss(Struct, frozen=True, eq=False):
             trained = self.parameters(variables)
             loss_of = self.of_parameters(run, variables, (keys, args, kwargs))
             if not self.graded:
-                value, (metrics, _) = loss_of(trained)
+                value, (metrics, updates) = loss_of(trained)
+                record.updated |= updates.keys() & variables.keys()
                 return (value, metrics), {}
             (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
             sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}

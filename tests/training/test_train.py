@@ -413,6 +413,36 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert run.draw == 1
 
 
+class Masked(nn.Module):
+    """A mask, as a variable and as a parameter."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        mask = self.variable("masks", "of_x", lambda: jnp.full(3, -jnp.inf).at[0].set(0.0))
+        other = self.param("other", lambda _: jnp.full(3, -jnp.inf).at[1].set(0.0))
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return jnp.where(jnp.isfinite(mask.value + other), x, x - 1)
+
+
+class MaskedNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(6, 3, rngs=rngs)
+        self.mask, self.cache = nnx.Variable(jnp.full(3, -jnp.inf)), nnx.Cache(jnp.full(3, -jnp.inf))
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.where(jnp.isfinite(self.mask[...]), 0.0, self.norm(self.first(x)))
+
+
+def test_what_no_step_updates_may_be_infinite_and_is_not_counted_as_updated():
+    session = session_of(Masked())
+    run = session.train(switched_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2, freeze="other")
+    assert (run.steps, dict(run.changed)) == (2, {"params": 2, "batch_stats": 2})
+    session = session_of(MaskedNnx(nnx.Rngs(0)))
+    run = session.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert (run.steps, dict(run.changed)) == (2, {"Param": 2, "BatchStat": 2})
+
+
 class OfNnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
