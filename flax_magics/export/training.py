@@ -114,13 +114,15 @@ class TrainLines:
         Args:
           changed: what of the new values the step has changed.
         """
+        text = self.writer.text
+        metrics = f", {text('metrics')}: metrics" if self.metrics else ""
         return [
             "# A step that is not finite is not taken, and none after it.",
             call("leaves = jax.tree.leaves((", ["value", "grads", *changed], "))"),
             "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
             f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
             "state = jax.lax.cond(finite, lambda: new, lambda: old)",
-            f"return (*state, finite), {{{self.writer.text('loss')}: value{', **metrics' if self.metrics else ''}}}",
+            f"return (*state, finite), {{{text('loss')}: value{metrics}}}",
         ]
 
     def step(self, body: Sequence[str], *, static: Sequence[str] = (), constant: Sequence[str] = ()) -> str:
@@ -271,7 +273,8 @@ class TrainLines:
         if self.command.site.target:
             self.writer.needs |= {"np", "types"}
             curve, text = self.own("curve"), self.writer.text
-            values = {name: f"np.array([each[{text(name)}] for each in {curve}])" for name in self.curve.metrics}
+            of_metrics = f"each[{text('metrics')}]"
+            values = {name: f"np.array([{of_metrics}[{text(name)}] for each in {curve}])" for name in self.curve.metrics}
             metrics = ", ".join(f"{text(name)}: {value}" for name, value in values.items())
             losses = f"losses=np.array([each[{text('loss')}] for each in {curve}])"
             fields = [losses, f"metrics={{{metrics}}}", f"steps={self.part.end}"]

@@ -237,8 +237,8 @@ def out_of(run: Run) -> tuple[str, ...]:
 def scalars_of(run: Run) -> tuple[str, ...]:
     """`loss 2.31` and `accuracy 0.125`, of gradients whose output is still there."""
     output = run.output
-    scalars = {"loss": getattr(output, "loss", None), **(getattr(output, "metrics", None) or {})}
-    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in scalars.items() if value is not None)
+    scalars = [("loss", getattr(output, "loss", None)), *(getattr(output, "metrics", None) or {}).items()]
+    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in scalars if value is not None)
 
 
 def not_finite(run: Run) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ LOSS = """\
 import optax
 def loss(net, batch, train, scale=1.0):
     y = net(batch["x"], train=train)
-    return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean()}
+    return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean(), "loss": y.std()}
 train = {"x": jax.random.normal(jax.random.key(7), (22, 4)), "y": jnp.ones((22, 3))}
 """
 PLAIN = """\
