@@ -274,7 +274,9 @@ class TrainLines:
             self.writer.needs |= {"np", "types"}
             curve, text = self.own("curve"), self.writer.text
             of_metrics = f"each[{text('metrics')}]"
-            values = {name: f"np.array([{of_metrics}[{text(name)}] for each in {curve}])" for name in self.curve.metrics}
+            values = {
+                name: f"np.array([{of_metrics}[{text(name)}] for each in {curve}])" for name in self.curve.metrics
+            }
             metrics = ", ".join(f"{text(name)}: {value}" for name, value in values.items())
             losses = f"losses=np.array([each[{text('loss')}] for each in {curve}])"
             fields = [losses, f"metrics={{{metrics}}}", f"steps={self.part.end}"]

@@ -27,9 +27,9 @@ from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.curve import Curve, Evaluation
 from flax_magics.run import like
 from flax_magics.snapshot import format
-from flax_magics.state.runs import StoredRun
+from flax_magics.state.runs import RunLog, StoredRun
 from flax_magics.state.training import Optimizer, Training
-from flax_magics.training.resumption import fitted_state
+from flax_magics.training.resumption import begun_as, fitted_state
 
 x = notebook_x()
 TEXT = "optax.chain(optax.clip(1.0), optax.adamw(1e-3))"
@@ -134,6 +134,15 @@ def test_the_eval_data_of_a_file_are_not_evaluated_unless_they_are_a_name(path):
         other.load(path)
         assert of(other).eval == expected
     assert not path.with_name("ran").exists()
+
+
+def test_a_training_begins_as_no_other_models_training_in_the_same_draw():
+    session, parameters = linen()
+    run = like(session.apply("net", x, train=True), command="train", trained=trained(session, parameters).curve)
+    log = RunLog.add(None, StoredRun(replace(run, registered="Net()")))
+    assert begun_as(run, log).registered == "Net()"
+    other = like(run, model="other")
+    assert begun_as(other, log) is other
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,22 @@ def test_a_resumed_training_is_repeated_from_its_beginning_and_an_iterable_is_to
     assert bits(np.float32(step.output.loss)) == bits(run.losses[4])
 
 
+def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
+    def other(net: Any, batch: Any, train: bool) -> Any:
+        value, metrics = loss(net, batch, train)
+        return value * 2, metrics
+
+    for options, repeats in ({}, True), ({"optimizer": optax.sgd(0.2)}, False), ({"loss": other}, False):
+        session = session_of(Normed())
+        session.train(loss, "net", DATA, optimizer=SGD, steps=3)
+        run = session.train(options.pop("loss", loss), "net", DATA, resume=True, steps=5, **options)
+        if repeats:
+            assert session.replay(run).agreement.identical
+        else:
+            with pytest.raises(FlaxMagicsError, match="what it began with was never kept"):
+                session.replay(run)
+
+
 def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")

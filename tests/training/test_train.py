@@ -615,6 +615,25 @@ def test_a_resumed_training_without_its_eval_data_says_that_it_no_longer_looks()
     assert [note.text for note in run.notes if note.kind == "resume"] == []
 
 
+def test_a_training_goes_on_with_its_batch_and_what_is_frozen_or_not_at_all():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, steps=2, freeze="Dense_0")
+    again = {"steps": 3, "resume": True}
+    for options, message in (
+        ({"batch": 4}, "a training goes on as it began: `--batch 8`, which need not be given again."),
+        ({"freeze": "*/bias"}, "a training goes on as it began: `--freeze Dense_0`, which need not be given again."),
+    ):
+        with pytest.raises(FlaxMagicsError) as error:
+            session.train(plain_loss, "net", DATA, **again, **options)
+        assert str(error.value) == message
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", [DATA], **again)
+    hint = "--resume goes on with arrays where --batch 8 had cut some"
+    assert str(error.value).splitlines()[0] == "`data` gives batches of its own: --batch cuts arrays."
+    assert (error.value.hint, error.value.write) == (hint, None)
+    assert session.train(plain_loss, "net", DATA, batch=8, freeze="Dense_0", **again).steps == 3
+
+
 def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
     monkeypatch.setattr(train, "OFTEN", 0.0)
     session = session_of(Dense())
