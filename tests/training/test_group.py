@@ -112,7 +112,7 @@ def test_a_group_that_is_not_finite_ends_at_that_step(monkeypatch):
 )
 def test_a_group_lies_on_the_grid_of_its_epoch(batch, step, until, begins):
     groups = Groups(ArrayData("data", DATA, batch), lambda batch: lambda: None, lambda: 0.0, 3)
-    groups.count(1, 100)
+    groups.count(1, 100, 0.0)
     assert groups.begins_at(step, until) is begins
 
 
@@ -128,7 +128,7 @@ def test_a_group_with_other_bits_is_not_used(monkeypatch):
 
     for wrong in (False, True):
         groups = Groups(data, lambda batch: lambda: program, lambda: 0.0, 2)
-        groups.count(1, 100)
+        groups.count(1, 100, 0.0)
         assert groups.to_try(2, None)
         done = groups.attempt(jax.numpy.zeros(3), 2, lambda batch: program)
         assert [(int(result.loss), batch.steps) for result, batch in done] == [(2, 1), (3, 1)]
