@@ -258,6 +258,11 @@ class Autosave:
         self._pending: deque[tuple[Snapshot, State]] = deque(maxlen=1)
         self._hurry = threading.Event()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written, nor waits for it."""
+        return self._job is None or self._job.done()
+
     def after(self, run: Run, state: State) -> None:
         """Saves soon, if the run changed variables."""
         if run.changed or run.made is not None or run.trained is not None:

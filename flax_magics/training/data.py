@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -122,11 +123,12 @@ class BatchData:
 
     def __init__(self, text: str, batches: Any, skip: int = 0) -> None:
         self._text, self._batches = text, batches
-        self.once = iter(batches) is batches
+        self.once = isinstance(batches, Iterator)
         """It can be gone through only once, as a generator."""
         self.exact = isinstance(batches, (list, tuple))
-        length = getattr(batches, "__len__", None)
-        self.per_epoch: int | None = None if length is None else length()
+        self.per_epoch: int | None = None
+        with suppress(TypeError, NotImplementedError):  # of a loader that has no length, or does not know it
+            self.per_epoch = len(batches)
         # An iterator stands where it stands.
         self._skip, self._shapes = 0 if self.once else skip, ""
         self._fetching: Fetching | None = None
@@ -136,15 +138,23 @@ class BatchData:
     def first(self) -> PyTree:
         """The next batch, by which the loss is traced and the net initialised; the next step takes it."""
         if self._ahead is None:
+            skipped = self._skip
             self._ahead = self._next()
+            if self._ahead is None and skipped:  # an epoch had just come to its end
+                self.close()
+                self.per_epoch = self.per_epoch or skipped
+                self._ahead = self._next()
             if self._ahead is None:
                 raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to train with.")
         return self._ahead
 
     def take(self, step: int, steps: int = 1) -> Batch | None:
         """The next batch; None at the end of an epoch, after which the next call begins the next one."""
-        tree, self._ahead = self.first if self._fetching is None else self._ahead, None
+        begins = self._fetching is None
+        tree, self._ahead = self._ahead, None
         tree = self._next() if tree is None else tree
+        if tree is None and begins:  # it gives what is exhausted
+            raise self.dry(step, None)
         if tree is None:
             self.close()
             return None
@@ -254,6 +264,10 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
     """
     if is_arrays(data):
         _rows_in(text, data)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(data)[0]:
+            if getattr(leaf.dtype, "kind", "f") in "OUSMm":
+                name = f"{text}{jax.tree_util.keystr(path)}"
+                raise FlaxMagicsError(f"`{name}` has the dtype {leaf.dtype}, and JAX computes with numbers alone.")
         return
     iterable = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
     if not iterable or isinstance(data, (str, bytes, Mapping)):
@@ -283,7 +297,7 @@ def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, 
     if is_arrays(data):
         size = _rows_in(text, data)
         for begin in range(0, size, batch or size):
-            part = jax.tree_util.tree_map(lambda leaf: leaf[begin : begin + (batch or size)], data)  # noqa: B023
+            part = jax.tree_util.tree_map(lambda leaf: _as_array(leaf[begin : begin + (batch or size)]), data)  # noqa: B023
             yield part, min(batch or size, size - begin)
         return
     for each in data:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 import jax
 import numpy as np
 
+from ..base.digest import is_key
 from ..base.types import PyTree
 from .data import ArrayData, Batch, Data
 from .step import StepResult, TrainState
@@ -31,7 +33,7 @@ class Groups:
 
     Args:
       build: starts to compile the program for a batch of several steps; returns a function that gives the program, or
-        None as long as it is not there.
+        None as long as it is not there. None where steps are to be done one by one.
       cost: seconds that it took to build the program of one step.
       size: of the groups of the training that this one goes on with, which needs no measurement; 1 for none.
 
@@ -42,7 +44,7 @@ class Groups:
     def __init__(
         self,
         data: Data,
-        build: Callable[[Batch], Callable[[], StepProgram | None]],
+        build: Callable[[Batch], Callable[[], StepProgram | None] | None],
         cost: Callable[[], float],
         size: int,
     ) -> None:
@@ -54,17 +56,21 @@ class Groups:
         """It is decided."""
         self._steps, self._since = 0, 0.0
 
-    def count(self, step: int, total: int | None) -> None:
-        """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it."""
+    def count(self, step: int, total: int | None, spent: float) -> None:
+        """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it.
+
+        Args:
+          spent: seconds in all steps so far.
+        """
         if self._over or self._built is not None or total is None:
             return
         if not self._steps:
-            self._since = time.perf_counter()
+            self._since = spent
         self._steps += 1
         if self._asked > 1:
             self._begin(self._asked)
         elif self._steps > MEASURED:
-            seconds = (time.perf_counter() - self._since) / (self._steps - 1)
+            seconds = (spent - self._since) / (self._steps - 1)
             # The device idles while the group is traced, and the trial takes the time of some groups.
             worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
             size = self._fitting(int(LONG / seconds))
@@ -82,7 +88,9 @@ class Groups:
     def _begin(self, size: int) -> None:
         assert isinstance(self._data, ArrayData)
         self._asked = size
-        self._built = self._build(self._data.like(size))
+        with suppress(Exception):  # as many steps one by one are no program that fails
+            self._built = self._build(self._data.like(size))
+        self._over = self._built is None
 
     def begins_at(self, step: int, until: int | None) -> bool:
         """Whether a group of `size` may begin at that step.
@@ -103,14 +111,17 @@ class Groups:
         """Whether the program is there, and this is the place to try it."""
         if self._over or self._built is None or not self.begins_at(step, until):
             return False
-        self._program = self._program or self._built()
+        try:
+            self._program = self._program or self._built()
+        except Exception:  # XLA could not compile it
+            self._over = True
         return self._program is not None
 
     def attempt(
         self, state: TrainState, step: int, program_of: Callable[[Batch], StepProgram]
     ) -> list[tuple[StepResult, Batch]]:
         """Does the steps of one group both ways, and decides. Returns the steps as they were done one by one."""
-        group = self._program
+        group, whole = self._program, None
         assert group is not None
         self._over = True
         together, batches = self._data.take(step, self._asked), [self._data.take(step + n) for n in range(self._asked)]
@@ -119,7 +130,8 @@ class Groups:
         done: list[tuple[StepResult, Batch]] = []
         for _ in range(2):
             begin = time.perf_counter()
-            whole = jax.block_until_ready(group(state, step, together))
+            with suppress(Exception):  # there was no memory for it
+                whole = jax.block_until_ready(group(state, step, together))
             times[True].append(time.perf_counter() - begin)
             begin, ahead, done = time.perf_counter(), state, []
             for n, batch in enumerate(batches):
@@ -132,11 +144,12 @@ class Groups:
         stacked = [
             np.stack(leaves) for leaves in zip(*(jax.tree_util.tree_leaves(one[1:]) for one, _ in done), strict=True)
         ]
-        same = _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
+        same = whole is not None and _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
         if same and min(times[True]) < FASTER * min(times[False]):
             self.size = self._asked
         return done
 
 
 def _bits(tree: PyTree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree_util.tree_leaves(tree)]
+    leaves = (jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in jax.tree_util.tree_leaves(tree))
+    return [np.asarray(leaf).tobytes() for leaf in leaves]

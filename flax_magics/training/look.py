@@ -11,6 +11,7 @@ from ..base.curve import Evaluation
 from ..base.types import PyTree
 from ..compile.cache import Program
 from ..compile.trace import TraceRequest
+from ..errors import FlaxMagicsError
 from ..execution.call import request_of
 from ..execution.execute import ApplyRequest
 from ..models.base import Variables
@@ -18,6 +19,7 @@ from ..models.calls import signature_of
 from ..rng.keys import Draw, StepDraw
 from ..state.entry import ModelEntry
 from .data import in_order
+from .loop import LeftOut
 from .loss import Loss
 
 EVAL = "eval"
@@ -41,13 +43,15 @@ class Look:
         self._text, self._data, self._batch = text, data, batch
         self._programs: dict[object, tuple[Program, TraceRequest]] = {}
         """Shapes of a batch → the program of the loss alone, and what it was made for."""
+        if data is not None:  # what the call cannot be in evaluation mode is told before the first step
+            _ = replace(request, options=request.options._replace(mode="eval")).bound
 
-    def __call__(self, step: int, variables: Variables) -> Evaluation:
-        """The means over all batches, each weighed by its examples."""
+    def __call__(self, step: int, variables: Variables, left_out: LeftOut) -> Evaluation:
+        """The means over all batches, each weighed by its examples; programs are compiled in a block of `left_out`."""
         sums: dict[str, float] = {}
         examples = 0
         for number, (tree, size) in enumerate(in_order(self._text, self._data, self._batch)):
-            program, request = self._program(tree, variables)
+            program, request = self._program(tree, variables, left_out)
             # Each batch has numbers of its own, and each look those of the one before it, so that looks are comparable.
             draw = StepDraw.of(self._draw, number)
             keys = {name: draw.words(f"{EVAL} {name}") for name in sorted(program.needs.streams)}
@@ -56,10 +60,12 @@ class Look:
             for name, scalar in {"": value, **(metrics or {})}.items():
                 sums[name] = sums.get(name, 0.0) + float(scalar) * size
             examples += size
+        if not examples:
+            raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to look at.")
         means = {name: total / examples for name, total in sums.items()}
         return Evaluation(step, means.pop(""), means)
 
-    def _program(self, tree: PyTree, variables: Variables) -> tuple[Program, TraceRequest]:
+    def _program(self, tree: PyTree, variables: Variables, left_out: LeftOut) -> tuple[Program, TraceRequest]:
         """The program for a batch, and its inputs."""
         call, services = self._request.call, self._request.services
         asked = replace(
@@ -76,7 +82,8 @@ class Look:
             def phase(name: str) -> None:
                 services.on_phase(f"{name} {self._request.entry.name}")
 
-            built = services.programs.finish(services.programs.start(request, phase), phase)
+            with left_out():
+                built = services.programs.finish(services.programs.start(request, phase), phase)
             assert built.program is not None
             self._programs[shapes] = built.program, built.request
         program, known = self._programs[shapes]

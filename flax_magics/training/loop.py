@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -26,8 +27,10 @@ PATIENCE = 0.4
 """Seconds that an interrupt waits for the steps which the device still does; after that they are given up."""
 
 
-Looks: TypeAlias = Callable[[int, Variables], Evaluation]
-"""Evaluates the variables that there are after so many finished steps."""
+LeftOut: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Makes a block whose time is none of the steps."""
+Looks: TypeAlias = Callable[[int, Variables, LeftOut], Evaluation]
+"""Evaluates the variables that there are after so many finished steps; what it compiles is left out of the time."""
 
 
 class NotFinite(Exception):
@@ -153,7 +156,9 @@ class TrainingLoop:
         self.state, self.numbers = state, Numbers(curve)
         self.evals: list[Evaluation] = list(curve.evals)
         self.examples, self.stopped = curve.examples, ""
-        self._seconds = curve.seconds
+        self._seconds = self._before = curve.seconds
+        self._first, self._looking = self.step, 0.0
+        self._deadline: float | None = None
         self._since: float | None = None
         """When the steps began whose time is not in `_seconds` yet; None while there are none."""
         self._unfinished = unfinished
@@ -218,12 +223,14 @@ class TrainingLoop:
             interrupts.check()
             if not pending and self.step != looked and schedule.looks_after(self.step):
                 looked = self.step
+                begin = self.seconds
                 with interrupts.opened():
-                    evaluation = look(self.step, self.state.variables)
+                    evaluation = look(self.step, self.state.variables, self._left_out)
+                self._looking += self.seconds - begin
                 self.evals.append(evaluation)
                 on_step()
             following = self.step + sum(one.batch.steps for one in pending)
-            ends = following == schedule.total
+            ends = schedule.total is not None and following >= schedule.total
             if ends and not pending:
                 return
             tries = not ends and self._groups.to_try(following, schedule.next_look(following))
@@ -248,24 +255,26 @@ class TrainingLoop:
                 continue
             self._wait(interrupts)
             self._settle()
-            with self._left_out():
-                self._groups.count(self.step, schedule.total)
+            with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
+                self._groups.count(self.step, schedule.total, self._in_steps)
             on_step()
 
     @contextlib.contextmanager
     def _left_out(self) -> Iterator[None]:
         """A block in which something is compiled, whose time is none of the steps."""
         begin = time.perf_counter()
-        yield
-        assert self._since is not None
-        self._since += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            assert self._since is not None
+            self._since += time.perf_counter() - begin
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
         groups, until = self._groups, self._schedule.next_look(following)
         steps = groups.size if groups.size > 1 and groups.begins_at(following, until) else 1
         # The first shuffle of a size is compiled.
-        with interrupts.opened(), self._left_out() if following == 0 else contextlib.nullcontext():
+        with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if batch is None:
             self._epoch += 1
@@ -280,20 +289,28 @@ class TrainingLoop:
 
         After a long one a pause is nothing, and each step ahead takes the memory of a state.
         """
-        return bool(self.step) and self.seconds / self.step < BRIEF
+        return self.step > self._first and self._in_steps / (self.step - self._first) < BRIEF
+
+    @property
+    def _in_steps(self) -> float:
+        """Seconds in the steps of this part of the training, without looks."""
+        return self.seconds - self._before - self._looking
 
     def _wait(self, interrupts: Interrupts) -> None:
         """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
-        alive, until = self._pending[0].result.alive, None
+        alive = self._pending[0].result.alive
         if self._is_brief:
             alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
             return
         while not alive.is_ready():
-            if interrupts.signal is not None:
-                until = time.perf_counter() + PATIENCE if until is None else until
-                if time.perf_counter() > until:
-                    interrupts.check()
+            if interrupts.signal is not None and time.perf_counter() > self._until():
+                interrupts.check()
             time.sleep(SLEEP)
+
+    def _until(self) -> float:
+        """When an interrupt has waited long enough: `PATIENCE` after this was first asked."""
+        self._deadline = self._deadline or time.perf_counter() + PATIENCE
+        return self._deadline
 
     def _settle(self) -> None:
         """Counts the oldest step or group, which the device has finished."""
@@ -309,10 +326,9 @@ class TrainingLoop:
 
     def _drain(self) -> None:
         """Counts the steps that the device finishes within `PATIENCE`, and gives the others up."""
-        until = time.perf_counter() + PATIENCE
         while self._pending:
             while not self._pending[0].result.alive.is_ready():
-                if time.perf_counter() > until:
+                if time.perf_counter() > self._until():
                     self._unfinished.wait = smallest(self._pending[-1].result.loss)
                     self._pending.clear()
                     return

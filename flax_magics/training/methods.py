@@ -235,10 +235,12 @@ class Committing:
                 progress.write()
             at_once(((object.__setattr__, session, "_state", state),))
         self._last, self._stored = progress, stored
-        if run.output is not RELEASED and stored.origin is not None:  # the last commit
+        last = run.output is not RELEASED
+        if last and stored.origin is not None:
             session._keeping.noted.append(stored)
             session._keeping.look(stored.size)
-        if session.autosaving is not None:
+        # A snapshot takes time of this thread: there is another one once that before is written.
+        if session.autosaving is not None and (last or session.autosaving.idle):
             session.autosaving.after(stored.facts, state)
 
     def _first(self, state: State, stored: StoredRun, progress: Progress) -> State:

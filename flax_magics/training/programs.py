@@ -40,6 +40,7 @@ class StepPrograms:
         self._state, self._data = state, data
         self._programs: dict[object, StepProgram] = {}
         self.origin, self.timing = "", Timing()
+        self._has_effects = False
 
     def of(self, batch: Batch) -> StepProgram:
         """The program for a batch, found or compiled."""
@@ -62,8 +63,13 @@ class StepPrograms:
             self._services.on_phase(f"training {self.name}")
         return program
 
-    def begin(self, batch: Batch) -> Callable[[], StepProgram | None]:
-        """Starts to compile the program of several steps; returns a function that gives it, or None before it is there."""
+    def begin(self, batch: Batch) -> Callable[[], StepProgram | None] | None:
+        """Starts to compile the program of several steps; returns a function that gives it, or None before it is there.
+
+        None where a step prints or calls back into Python: a trial would do that once more.
+        """
+        if self._has_effects:
+            return None
         compiling = self._begin(batch)
         self._services.on_phase(f"training {self.name}")
 
@@ -112,6 +118,7 @@ class StepPrograms:
                 raise
             self.step = replace(self.step, takes_loss=True)
             return self._begin(batch)
+        self._has_effects = bool(traced.jaxpr.effects)
         where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
         return self._services.programs.begin_compiling(traced, self._phase, where)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import cast
 
 import jax
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing, devices_of
-from ..base.text import clean, join, plural
+from ..base.text import join, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -26,6 +26,7 @@ from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
+from ..line.call import plain_name
 from ..models.base import MissingVariables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
@@ -45,7 +46,7 @@ from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
-from .resumption import begun_as, fitted_state
+from .resumption import begun_as, fitted_state, notes_of_resumed
 from .step import Step, TrainState
 
 STILL = 50
@@ -102,8 +103,16 @@ def train_model(
     if not call.args:
         message = f"`{call.text}` gives no data: they come right after the net."
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
+    for option, number in (("--batch", options.batch), ("--epochs", options.epochs), ("--steps", options.steps)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise FlaxMagicsError(f"{option} takes a number, 1 or more, not {number!r}.")
     text = data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
+    if options.eval is not None:
+        training_data.check(options.eval_text, options.eval, None, line)
+        if isinstance(options.eval, Iterator):
+            message = f"`{options.eval_text}` can be gone through only once, and it is looked at several times."
+            raise FlaxMagicsError(message, form=f"{plain_name(options.eval_text, 'looks')} = list(…)")
     data: Data
     if training_data.is_arrays(call.args[0]):
         data = ArrayData(text, call.args[0], options.batch)
@@ -198,6 +207,11 @@ class Trainer:
         if per_epoch is None and self.resumed is not None:
             per_epoch = self.resumed.curve.epoch
         schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
+        finished = 0 if self.resumed is None else self.resumed.step
+        if finished and schedule.total is not None and schedule.total <= finished:
+            message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
+            longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
+            raise FlaxMagicsError(message, **written(longer))
         taken = variables.taken
         self.taken = taken
         keys = {name: self.draw.words(name, taken=taken and name == "params") for name in self.traced.needs.streams}
@@ -259,13 +273,8 @@ class Trainer:
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
         found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
-        if self.resumed is not None and not self.data.exact:
-            text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
-            found.append(Note("resume", text))
-        looked_at = "" if self.resumed is None else self.resumed.curve.task.eval
-        if looked_at and self.options.eval is None:
-            text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
-            found.append(Note("resume", text))
+        if self.resumed is not None:
+            found += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -277,6 +286,9 @@ class Trainer:
     def train(self) -> Run:
         """Does the steps, and returns the Run; commits those that are finished whatever happens."""
         first, services, loop = self.loop.step, self.services, self.loop
+        if services.programs.unfinished.wait is not None:
+            services.on_phase(f"waiting for the interrupted run, then {self.name}")
+            services.programs.unfinished.finish()
         services.on_phase(f"training {self.name}")
         with Interrupts() as interrupts:
             try:
@@ -286,7 +298,10 @@ class Trainer:
                 if isinstance(error, KeyboardInterrupt):
                     loop.stopped = "interrupted"
                 elif isinstance(error, NotFinite):
-                    loop.stopped = self._why_not_finite()
+                    loop.stopped = f"step {loop.step} is not finite and was not taken"
+                    # It may take long, and without it all is told but the reason.
+                    with suppress(KeyboardInterrupt), interrupts.opened():
+                        loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
                 # Only finished steps count; a look that was committed has to be said to have been stopped, too.

@@ -226,3 +226,44 @@ def test_the_thread_that_fetches_ends_with_the_training():
     while fetching() and time.perf_counter() < until:
         time.sleep(0.02)
     assert fetching() == []
+
+
+class Unknown(Loader):
+    """A loader that does not know its length, as that of a stream."""
+
+    def __len__(self) -> int:
+        raise TypeError("the stream has no length")
+
+
+def test_a_loader_may_not_know_its_length():
+    assert bits(trained(Unknown(batches(2, 2)), epochs=2).losses) == bits(trained(batches(2, 2), epochs=2).losses)
+
+
+class Exhausted(Loader):
+    """An iterable that gives the same iterator again."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.iterator = iter(batches)
+
+    def __iter__(self) -> Any:
+        return self.iterator
+
+
+def test_an_iterable_that_gives_what_is_exhausted_is_told():
+    message = "`data` has run dry after 2 steps: an iterator can be gone through only once."
+    with pytest.raises(FlaxMagicsError) as error:
+        trained(Exhausted(batches(2, 2)), epochs=2)
+    assert error.value.message == message
+
+
+def test_one_that_stopped_at_an_epochs_end_goes_on_with_the_next():
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Loader(batches(2, 2)), optimizer=SGD, steps=2)
+    run = session.train(loss, "net", Loader(batches(2, 2)), epochs=2, resume=True)
+    assert bits(run.losses) == bits(trained(batches(2, 2), epochs=2).losses)
+
+
+def test_an_array_of_strings_is_told():
+    with pytest.raises(FlaxMagicsError) as error:
+        trained({"x": X, "y": np.array(["a"] * 6)}, steps=1)
+    assert str(error.value) == "`data['y']` has the dtype <U1, and JAX computes with numbers alone."

@@ -45,6 +45,8 @@ def goes_on_in_groups(session: Any, monkeypatch: pytest.MonkeyPatch, size: int) 
 
     def begin_and_wait(programs: StepPrograms, batch: Any) -> Any:
         finished = begin(programs, batch)
+        if finished is None:
+            return None
         while (program := finished()) is None:
             time.sleep(0.01)
         return lambda: program
@@ -112,7 +114,7 @@ def test_a_group_that_is_not_finite_ends_at_that_step(monkeypatch):
 )
 def test_a_group_lies_on_the_grid_of_its_epoch(batch, step, until, begins):
     groups = Groups(ArrayData("data", DATA, batch), lambda batch: lambda: None, lambda: 0.0, 3)
-    groups.count(1, 100)
+    groups.count(1, 100, 0.0)
     assert groups.begins_at(step, until) is begins
 
 
@@ -128,8 +130,38 @@ def test_a_group_with_other_bits_is_not_used(monkeypatch):
 
     for wrong in (False, True):
         groups = Groups(data, lambda batch: lambda: program, lambda: 0.0, 2)
-        groups.count(1, 100)
+        groups.count(1, 100, 0.0)
         assert groups.to_try(2, None)
         done = groups.attempt(jax.numpy.zeros(3), 2, lambda batch: program)
         assert [(int(result.loss), batch.steps) for result, batch in done] == [(2, 1), (3, 1)]
         assert groups.size == (1 if wrong else 2)
+
+
+def test_an_optimizer_may_hold_a_key(monkeypatch):
+    def update(grads: Any, key: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda grad: -0.1 * grad, grads), jax.random.split(key)[0]
+
+    keyed = optax.GradientTransformation(lambda params: jax.random.key(0), update)
+    session = session_of(Net())
+    session.train(loss, "net", DATA, optimizer=keyed, batch=8, steps=1)
+    goes_on_in_groups(session, monkeypatch, 3)
+    assert session.train(loss, "net", DATA, steps=12, resume=True).trained.group == 3
+
+
+def test_steps_that_call_back_are_done_one_by_one_and_once(monkeypatch):
+    called: list[float] = []
+
+    def printing(net: Any, batch: Any, train: bool) -> Any:
+        value, metrics = loss(net, batch, train)
+        jax.debug.callback(lambda value: called.append(float(value)), value)
+        return value, metrics
+
+    session = session_of(Net())
+    session.train(printing, "net", DATA, optimizer=optax.sgd(0.1), batch=8, steps=1)
+    jax.effects_barrier()
+    called.clear()  # an init has called it, too
+    goes_on_in_groups(session, monkeypatch, 3)
+    run = session.train(printing, "net", DATA, steps=12, resume=True)
+    jax.effects_barrier()
+    assert run.trained.group == 1
+    assert sorted(called) == sorted(map(float, run.losses[1:]))

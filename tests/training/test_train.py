@@ -667,3 +667,47 @@ def test_an_optimizer_that_takes_the_loss_is_given_it(optimizer):
         hand.take(DATA)
     same_as(hand, session, run)
     assert run.trained.task.takes_loss is True
+
+
+def test_a_total_that_is_reached_is_no_training():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4)
+    state = session._state
+    for total in ({}, {"steps": 4}, {"steps": 2}, {"epochs": 3}):
+        with pytest.raises(FlaxMagicsError, match=r"4 steps are finished already, and the total is [234]") as error:
+            session.train(plain_loss, "net", DATA, resume=True, **total)
+        assert error.value.write == "%flax_train --resume --steps 8 plain_loss(net, data)"
+    assert session._state is state
+    assert session.train(plain_loss, "net", DATA, resume=True, steps=8).steps == 8
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"steps": True}, {"epochs": 0}, {"steps": 2, "batch": 0}])
+def test_numbers_are_one_or_more(wrong):
+    name, number = list(wrong.items())[-1]
+    session = session_of(Dense())
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), **wrong)
+    assert str(error.value) == f"--{name} takes a number, 1 or more, not {number}."
+
+
+def test_weights_that_were_changed_meanwhile_are_told_when_a_training_goes_on():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4)
+    params = session.models["net"].variables["params"]
+    params["Dense_0"]["bias"] = params["Dense_0"]["bias"] + 1
+    run = session.train(plain_loss, "net", DATA, resume=True, steps=6)
+    assert "the weights of net were changed by your code since: it goes on with these" in [n.text for n in run.notes]
+
+
+def test_what_is_looked_at_can_be_looked_at_before_the_first_step():
+    session = session_of(Dense())
+
+    def refused(looks: Any) -> str:
+        with pytest.raises(FlaxMagicsError) as error:
+            session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), epochs=2, eval=looks)
+        assert not session.runs
+        return str(error.value)
+
+    once = "can be gone through only once, and it is looked at several times."
+    assert once in refused(iter([DATA]))
+    assert "data are a dict or tuple of arrays, or an iterable of batches" in refused(3)
