@@ -22,6 +22,16 @@ def loss(net, batch, train, scale=1.0):
     return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean(), "loss": y.std()}
 train = {"x": jax.random.normal(jax.random.key(7), (22, 4)), "y": jnp.ones((22, 3))}
 """
+MASKED = """\
+%%flaxmodel
+class Masked(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    mask = self.variable("masks", "of_x", lambda: jnp.full(3, -jnp.inf).at[0].set(0.0))
+    return jnp.where(jnp.isfinite(mask.value), nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x)), 0.0)
+
+masked = Masked()
+"""
 PLAIN = """\
 import optax
 def loss(net, x):
@@ -89,6 +99,17 @@ def test_a_whole_batch_and_an_iterable_with_the_losses_that_are_asked_for(notebo
         "%flax_train -q --epochs 2 loss(normed, batches)",
         "for rate in (0.1, 0.01):\n    %flax_train -q --steps 3 --optimizer optax.adam(rate) loss(normed, batches)",
     )
+
+
+def test_the_script_looks_for_numbers_that_are_not_finite_where_the_session_does(notebook, tmp_path):
+    script = assert_same(
+        notebook,
+        tmp_path,
+        MASKED,
+        LOSS,
+        "%flax_train -q --optimizer optax.sgd(0.1) --steps 3 loss(masked, train)",
+    )
+    assert "leaves = jax.tree.leaves((value, grads, new_params, updates))\n" in script
 
 
 def test_an_nnx_module(notebook, tmp_path):
