@@ -14,7 +14,7 @@ from ..base.types import PyTree
 from ..code.fingerprint import Fingerprint
 from ..compile.cache import Services
 from ..execution.call import Call
-from ..rng.keys import Draw, RootKey, RunKeys, StepDraw
+from ..rng.keys import Draw, RootKey, RunKeys, SeenKeys, StepDraw
 from ..run import Run
 from ..state.entry import ModelEntry, Origin, TrainRecipe
 from ..state.runs import Inputs, StoredRun
@@ -92,7 +92,7 @@ class Again:
         assert isinstance(recipe, TrainRecipe)
         assert isinstance(stored.facts.keys, RunKeys)
         self.facts, self.recipe = stored.facts, recipe
-        self.services = replace(services, on_progress=lambda run: None)
+        self.services = _without_keys(replace(services, on_progress=lambda run: None))
         self.draw: Draw = stored.facts.keys.draw.first
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
         entry = _entry_of(recipe, stored.origin)
@@ -134,7 +134,8 @@ class Again:
         loss = replace(self.loss, model=progress.entry.model)
         call = replace(self.call, args=(self._batch(step), *self.call.args[1:]))
         again = StepDraw.of(self.draw, step), self.trainer.taken
-        outcome = grad_model(self.state, progress.entry, loss, call, self.services, mode="train", said=(), again=again)
+        services = _without_keys(self.services)
+        outcome = grad_model(self.state, progress.entry, loss, call, services, mode="train", said=(), again=again)
         return outcome.run
 
     def _batch(self, step: int) -> PyTree:
@@ -146,6 +147,11 @@ class Again:
         # Through all epochs before it, as the steps before it went.
         batches: Any = itertools.chain.from_iterable(itertools.repeat(self.call.args[0]))
         return next(itertools.islice(batches, step, None))
+
+
+def _without_keys(services: Services) -> Services:
+    """`services` that have seen no keys: what is done once more is given the keys that it had, and tells nothing of it."""
+    return replace(services, seen=SeenKeys(set()))
 
 
 def _entry_of(recipe: TrainRecipe, origin: Origin) -> ModelEntry:

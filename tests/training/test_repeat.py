@@ -119,6 +119,17 @@ def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
                 session.replay(run)
 
 
+def test_a_key_among_the_arguments_is_not_told_to_be_used_again():
+    def with_key(net: Any, batch: Any, key: Any, train: bool) -> Any:
+        noise = jax.random.normal(key, batch["x"].shape)
+        return loss(net, {**batch, "x": batch["x"] + noise}, train)
+
+    session = session_of(Normed())
+    session.train(with_key, "net", DATA, jax.random.key(5), optimizer=SGD, steps=2)
+    assert session.replay(1, step=1).notes == ()
+    assert "went into" not in str(session.replay(1).notes)
+
+
 def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")
