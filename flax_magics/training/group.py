@@ -49,7 +49,9 @@ class Groups:
         size: int,
     ) -> None:
         self._data, self._build, self._cost = data, build, cost
-        self.size, self._asked = 1, size
+        # A size may come from a file, and the data may be fewer by now: none is built that would never fit.
+        alike = data.alike if isinstance(data, ArrayData) else None
+        self.size, self._asked = 1, size if alike is None or size <= alike else 1
         self._built: Callable[[], StepProgram | None] | None = None
         self._program: StepProgram | None = None
         self._over = not isinstance(data, ArrayData)

@@ -107,7 +107,8 @@ class LossMethods:
           epochs, steps: how long; one of them. With `resume` the earlier total where there is neither.
           eval: data to look at in evaluation mode: each epoch, or ten times in a training that counts steps.
           freeze: patterns of parameters that stay as they are: `encoder`, `*/bias`.
-          resume: go on with the net's last training after its last finished step.
+          resume: go on with the net's last training after its last finished step, with its `batch` and `freeze`. `eval`
+            has to be given again.
         """
         name = entry_of(self._state.models, model).name
         called = str(getattr(loss, "__name__", "loss"))

@@ -68,6 +68,14 @@ def goes_on_in_groups(session: Any, monkeypatch: pytest.MonkeyPatch, size: int) 
     return given
 
 
+@pytest.mark.parametrize(("size", "built"), [(6, [6]), (7, [])])
+def test_no_group_is_built_that_no_epoch_has_room_for(size, built):
+    sizes: list[int] = []
+    groups = Groups(ArrayData("data", DATA, 8), lambda batch: sizes.append(batch.steps), lambda: 0.0, size)
+    groups.count(1, 100, 0.0)
+    assert sizes == built
+
+
 def test_groups_have_the_bits_of_one_by_one(monkeypatch):
     whole, session = session_of(Net()), session_of(Net())
     expected = whole.train(loss, "net", DATA, optimizer=optax.adamw(1e-2), batch=8, epochs=6, eval=DATA)
