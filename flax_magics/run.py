@@ -11,9 +11,9 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from .base.agreement import Agreement
 from .base.curve import Curve, Evaluation
 from .base.digest import (
-    Agreement,
     Spread,
     Values,
     all_words,
