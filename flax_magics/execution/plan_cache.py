@@ -19,6 +19,7 @@ import jax
 
 from ..base.digest import Floats, any_nan, floats_in, has_nan, own
 from ..base.measures import Timing
+from ..base.output import SMALL as COPIED
 from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
@@ -29,7 +30,6 @@ from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of
 from ..run import RELEASED, like
-from ..run import SMALL as COPIED
 from ..state.entry import ApplyRecipe, ModelEntry, Origin
 from ..state.runs import Inputs as InputLeaves
 from ..state.runs import RunLine, StoredRun

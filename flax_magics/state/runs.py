@@ -19,12 +19,13 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import all_words, describe, digest_of, own, sample_of
+from ..base.digest import all_words, describe, digest_of, is_gone, own, sample_of
 from ..base.measures import Memory, Timing
+from ..base.output import OutputFacts
 from ..base.types import Leaf, PyTree
 from ..models.base import CallTrace
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import COMMANDS, RELEASED, Cause, Note, OutputFacts, Run
+from ..run import COMMANDS, RELEASED, Cause, Note, Run
 from .entry import Origin
 from .weights import WeightSource
 
@@ -105,7 +106,7 @@ class StoredRun:
     def output(self) -> PyTree:
         """What the run returned, `RELEASED` once an array of it is gone."""
         run = self._run()
-        return _held(self._output) if run is None else run.output
+        return _held(self._output) if run is None else RELEASED if is_gone(run.output) else run.output
 
     def _inputs(self) -> PyTree:
         if self.inputs is not None:
@@ -290,10 +291,10 @@ def _weakly(tree: PyTree) -> _Weak:
 
 
 def _held(weak: _Weak) -> PyTree:
-    """The pytree, `RELEASED` if one of its arrays is gone."""
+    """The pytree, `RELEASED` if one of its arrays is gone, donated or deleted."""
     treedef, references = weak
     leaves = [reference() for reference in references]
-    if any(leaf is None for leaf in leaves):
+    if any(leaf is None for leaf in leaves) or is_gone(leaves):
         return RELEASED
     return leaves[0] if treedef is None else jax.tree_util.tree_unflatten(treedef, leaves)
 
