@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..base.types import Record
@@ -159,7 +158,7 @@ class Reporter:
         else:
             loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
             repeated.copy(outcome.output)
-            self._rows.add_again(partial(repeated.recorded, outcome.draw))
+            self._rows.add_again(repeated.recorded)
             self._refresh(loop, live)
         live.clear()
 

@@ -24,7 +24,7 @@ from ..base.measures import Memory, Timing
 from ..base.output import OutputFacts
 from ..base.types import Leaf, PyTree
 from ..models.base import CallTrace
-from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..rng.keys import Draw, RunKeys
 from ..run import COMMANDS, RELEASED, Cause, Note, Run
 from .entry import Origin
 from .weights import WeightSource
@@ -174,10 +174,9 @@ class RepeatedRun(StoredRun):
         sown: Mapping[str, PyTree],
         drawn: tuple[Draw, float, int | None, WeightSource | None],
     ) -> None:
-        draw, started, cell, source = drawn
         self._line = line
-        # Without what a Draw has worked out, which is worked out again.
-        self._drawn = draw.seed, draw.number, draw.root, draw.impl, started, cell, source
+        # The Draw itself: under other settings of JAX it would work out other keys than the run had.
+        self._drawn = drawn
         self._facts, self._shapes, self._weak = None, None, None
         self._copy: bytes | None = None
         self._run = _gone
@@ -200,7 +199,7 @@ class RepeatedRun(StoredRun):
     def facts(self) -> Run:
         """The Run without its arrays."""
         if self._facts is None:
-            seed, number, root, impl, started, cell, source = self._drawn
+            draw, started, cell, source = self._drawn
             seconds, wait = self.times
             facts = OutputFacts()
             if self._copy is not None and self._line.small is not None:
@@ -208,12 +207,12 @@ class RepeatedRun(StoredRun):
                 facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
             self._facts = replace(
                 self._line.template,
-                seed=seed,
-                draw=number,
-                keys=RunKeys(Draw(seed, number, root, impl), self._line.key_names),
+                seed=draw.seed,
+                draw=draw.number,
+                keys=RunKeys(draw, self._line.key_names),
                 started=started,
                 cell=cell,
-                weights="" if source is None else source.describe(seed),
+                weights="" if source is None else source.describe(draw.seed),
                 timing=Timing(run=seconds, wait=wait),
                 _taken=facts,
                 changed=self.changed,
@@ -224,27 +223,27 @@ class RepeatedRun(StoredRun):
     @property
     def draw(self) -> int:
         """`Run.draw`."""
-        return self._drawn[1]
+        return self._drawn[0].number
 
     def is_like(self, other: RepeatedRun) -> bool:
         """Whether it differs from the other in draw, time, inputs and output alone, and the output is small."""
-        (seed, *_, cell, source), (other_seed, *_, other_cell, other_source) = self._drawn, other._drawn
-        same = self._line is other._line and source is other_source and (seed, cell) == (other_seed, other_cell)
+        (draw, _, cell, source), (other_draw, _, other_cell, other_source) = self._drawn, other._drawn
+        same = self._line is other._line and source is other_source
+        same = same and (draw.seed, cell) == (other_draw.seed, other_cell)
         return same and self._line.small is not None
 
-    def recorded(self, draw: Draw | DrawBatch, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
+    def recorded(self, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
         """`run.recorded` of this run, after `copy`.
 
         Args:
-          draw: the one that it took.
           like: what `recorded` gave for a run that it `is_like`.
           keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
         """
         assert self._line.small is not None
         assert self._copy is not None
         output = np.frombuffer(self._copy, self._line.small[0]).reshape(self._line.small[1])
-        keys = all_words(RunKeys(draw, self._line.key_names))
-        news = {"draw": self.draw, "started": self._drawn[4], "keys": keys, "digest": digest_of(output)}
+        keys = all_words(RunKeys(self._drawn[0], self._line.key_names))
+        news = {"draw": self.draw, "started": self._drawn[1], "keys": keys, "digest": digest_of(output)}
         if not keeps:
             self.facts._taken.read()
             self._copy = None

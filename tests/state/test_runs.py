@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
+from by_hand import MyModel, keys_of, notebook_x
 from sessions import session_of
 
+from flax_magics import Session
+from flax_magics.base.digest import words
+from flax_magics.execution.call import Call
+from flax_magics.execution.record import Outcome
+from flax_magics.line.options import ApplyOptions
 from flax_magics.state import runs as module
 
 
@@ -14,6 +23,13 @@ class Half(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x / 2
+
+
+def again(session: Session, *args: Any) -> Outcome:
+    """A run of a line that ran before, whose Run nobody has asked for."""
+    outcome = session.run_again("net", Call.of("net", None, args, {}, command="%flax_apply"), ApplyOptions(), None)
+    assert outcome is not None
+    return outcome
 
 
 @pytest.fixture
@@ -46,3 +62,12 @@ def test_they_are_those_of_the_moment(session):
     assert (len(runs), len(session.runs), session.runs[-1] is run, run in runs) == (6, 7, True, False)
     assert (runs == [], session_of(Half()).runs == []) == (False, True)
     assert repr(runs) == repr(list(runs))
+
+
+def test_keys_of_a_run_that_is_made_later_are_those_that_it_had():
+    session, x = session_of(MyModel(3, True)), notebook_x()
+    session.apply("net", x)
+    again(session, x)
+    with jax.threefry_partitionable(False):
+        read = session.runs[1].keys["dropout"]
+    assert words(read) == words(keys_of(2)("dropout")["dropout"])
