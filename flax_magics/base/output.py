@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from msgspec import Struct
 
-from .digest import Spread, Values, digest_of, is_gone, is_key, values_of
+from .digest import Spread, Values, describe, digest_of, is_gone, is_key, values_of
 from .types import PyTree
 
 SMALL = 4096
@@ -42,8 +42,9 @@ class OutputFacts(Struct, eq=False):
     def put_off(self, output: PyTree) -> bool:
         """Copies a small output, a fifth of the work of `take`, and says so; of any other takes the facts.
 
-        Of one that was donated or deleted there is nothing to take.
+        Of one that was donated or deleted there is only the shape to take.
         """
+        self.shape = self.shape or describe(output)
         if is_gone(output):
             return False
         copy = None if self.digest is not None else _small_copy(output)

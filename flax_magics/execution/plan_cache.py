@@ -351,7 +351,9 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         looked_at=looked_at,
         floats=floats,
         brief=run.timing.run < BRIEF,
-        line=RunLine(template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None),
+        line=RunLine(
+            template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None, run.shape
+        ),
         recipe=applied.recipe,
     )
 

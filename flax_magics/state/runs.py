@@ -147,6 +147,8 @@ class RunLine(NamedTuple):
     key_names: Mapping[str, tuple[str, bool]]
     small: tuple[np.dtype[Any], tuple[int, ...]] | None
     """dtype and shape of the output, where it is one small array that each run looks through for NaN; else None."""
+    shape: str
+    """`Run.shape`."""
 
 
 class RepeatedRun(StoredRun):
@@ -201,7 +203,7 @@ class RepeatedRun(StoredRun):
         if self._facts is None:
             draw, started, cell, source = self._drawn
             seconds, wait = self.times
-            facts = OutputFacts()
+            facts = OutputFacts(shape=self._line.shape)
             if self._copy is not None and self._line.small is not None:
                 dtype, shape = self._line.small
                 facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)

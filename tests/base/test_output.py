@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_magics.base.digest import describe
 from flax_magics.base.output import OutputFacts
 
 
@@ -27,9 +28,10 @@ def test_facts_that_are_read_late_are_those_of_the_output_at_the_end_of_the_cell
     facts.take(output)
     assert late.put_off(output) is put_off
     assert (late.digest is None) is put_off
+    shape = describe(output)
     for leaf in jax.tree_util.tree_leaves(output):
         leaf.delete() if put_off else None
-    assert late.read() is late
+    assert (late.read() is late, late.shape) == (True, shape)
     assert (late.digest, repr(late.values)) == (facts.digest, repr(facts.values))  # NaN is not NaN
 
 
@@ -38,4 +40,4 @@ def test_of_an_output_that_was_donated_nothing_is_put_off_and_nothing_taken(outp
     jax.tree_util.tree_leaves(output)[0].delete()
     facts = OutputFacts()
     assert facts.put_off(output) is False
-    assert (facts.read().digest, facts.values) == (None, None)
+    assert (facts.read().digest, facts.values, facts.shape) == (None, None, describe(output))

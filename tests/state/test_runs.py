@@ -16,6 +16,7 @@ from flax_magics.base.digest import words
 from flax_magics.execution.call import Call
 from flax_magics.execution.record import Outcome
 from flax_magics.line.options import ApplyOptions
+from flax_magics.run import RELEASED
 from flax_magics.state import runs as module
 
 
@@ -71,3 +72,9 @@ def test_keys_of_a_run_that_is_made_later_are_those_that_it_had():
     with jax.threefry_partitionable(False):
         read = session.runs[1].keys["dropout"]
     assert words(read) == words(keys_of(2)("dropout")["dropout"])
+
+
+def test_the_shape_of_an_output_is_known_after_it_is_gone(session):
+    again(session, jnp.float32(1))
+    run = session.runs[-1]
+    assert (run.output, run.shape, run.to_json()["output"]) == (RELEASED, "float32[]", "float32[]")
