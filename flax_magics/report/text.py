@@ -313,7 +313,7 @@ class Rows:
 
     def _make(self) -> None:
         """Makes the rows that are not made yet."""
-        with uninterrupted():  # or the rest would be lost; `ROWS` of them take some hundredths of a second
+        with uninterrupted():  # or the rest would be lost; `ROWS` of them take a tenth of a second
             waiting, self._waiting = self._waiting, []
             for row in waiting:
                 self._add(row(self._last, len(self._rows) < ROWS))

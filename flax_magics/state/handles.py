@@ -28,6 +28,7 @@ from .models import register
 from .runs import Runs, calls_by_cell, length, newest
 
 if TYPE_CHECKING:
+    from ..base.curve import Curve
     from ..compile.cache import ProgramSpec
     from .state import SavedModel, State
 
@@ -234,6 +235,11 @@ class SessionView:
     def last(self, n: int) -> list[Run]:
         """The last `n` runs, newest last."""
         return newest(self._state.runs, n)
+
+    @property
+    def last_curve(self) -> Curve | None:
+        """The numbers of the last run, if that was a training."""
+        return None if self._state.runs is None else self._state.runs.kept.facts.trained
 
     @property
     def cells(self) -> dict[int, tuple[str, ...]]:

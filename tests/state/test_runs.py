@@ -20,10 +20,35 @@ from flax_magics.run import RELEASED
 from flax_magics.state import runs as module
 
 
+@jax.tree_util.register_pytree_node_class
+class Batch:
+    """A pytree that is put together by the model alone."""
+
+    broken = False
+
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        if cls.broken:
+            raise TypeError("no batch")
+        return cls(*children)
+
+
 class Half(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x / 2
+
+
+class Sum(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+        return batch.x.sum()
 
 
 def again(session: Session, *args: Any) -> Outcome:
@@ -78,3 +103,13 @@ def test_the_shape_of_an_output_is_known_after_it_is_gone(session):
     again(session, jnp.float32(1))
     run = session.runs[-1]
     assert (run.output, run.shape, run.to_json()["output"]) == (RELEASED, "float32[]", "float32[]")
+
+
+def test_whether_the_last_run_trained_is_known_without_its_arrays(monkeypatch):
+    session = session_of(Sum())
+    assert session.last_curve is None
+    session.apply("net", Batch(jnp.ones(2)))
+    monkeypatch.setattr(Batch, "broken", True)
+    with pytest.raises(TypeError, match="no batch"):
+        session.last(1)
+    assert session.last_curve is None
