@@ -7,6 +7,7 @@ oldest first.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -33,6 +34,10 @@ Inputs: TypeAlias = tuple[jax.tree_util.PyTreeDef, list[Leaf]]
 """A run's positional and keyword arguments as a pytree: treedef and leaves."""
 _Weak: TypeAlias = tuple[jax.tree_util.PyTreeDef | None, list[Callable[[], Leaf]]]
 """A pytree held weakly: its treedef (None: it is one array), and for each leaf a function that returns it or None."""
+
+
+_making = threading.RLock()
+"""Held while a Run or its facts are made, since other threads, such as one that saves, may ask for them too."""
 
 
 class StoredRun:
@@ -96,12 +101,14 @@ class StoredRun:
 
     def run(self) -> Run:
         """The run. A field of which an array is gone is `RELEASED` as a whole."""
-        run = self._run()
-        if run is not None:
+        with _making:
+            run = self._run()
+            if run is None:
+                sown = RELEASED if self._sown is None else _held(self._sown)
+                sown = {} if sown is RELEASED else sown
+                run = replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
+                self._run = weakref.ref(run)
             return run
-        sown = RELEASED if self._sown is None else _held(self._sown)
-        sown = {} if sown is RELEASED else sown
-        return replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
 
     def output(self) -> PyTree:
         """What the run returned, `RELEASED` once an array of it is gone."""
@@ -200,27 +207,31 @@ class RepeatedRun(StoredRun):
     @property
     def facts(self) -> Run:
         """The Run without its arrays."""
-        if self._facts is None:
-            draw, started, cell, source = self._drawn
-            seconds, wait = self.times
-            facts = OutputFacts(shape=self._line.shape)
-            if self._copy is not None and self._line.small is not None:
-                dtype, shape = self._line.small
-                facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
-            self._facts = replace(
-                self._line.template,
-                seed=draw.seed,
-                draw=draw.number,
-                keys=RunKeys(draw, self._line.key_names),
-                started=started,
-                cell=cell,
-                weights="" if source is None else source.describe(draw.seed),
-                timing=Timing(run=seconds, wait=wait),
-                _taken=facts,
-                changed=self.changed,
-                memory=self.memory,
-            )
-        return self._facts
+        with _making:
+            if self._facts is None:
+                self._facts = self._made_facts()
+            return self._facts
+
+    def _made_facts(self) -> Run:
+        draw, started, cell, source = self._drawn
+        seconds, wait = self.times
+        facts = OutputFacts(shape=self._line.shape)
+        if self._copy is not None and self._line.small is not None:
+            dtype, shape = self._line.small
+            facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
+        return replace(
+            self._line.template,
+            seed=draw.seed,
+            draw=draw.number,
+            keys=RunKeys(draw, self._line.key_names),
+            started=started,
+            cell=cell,
+            weights="" if source is None else source.describe(draw.seed),
+            timing=Timing(run=seconds, wait=wait),
+            _taken=facts,
+            changed=self.changed,
+            memory=self.memory,
+        )
 
     @property
     def draw(self) -> int:
@@ -253,19 +264,22 @@ class RepeatedRun(StoredRun):
 
     def run_of(self, output: PyTree, inputs: PyTree, sown: Mapping[str, PyTree]) -> Run:
         """The Run with its arrays, which the session returns too for as long as somebody holds it."""
-        run = self._run()
-        if run is None:
-            run = replace(self.facts, output=output, inputs=inputs, sown=sown)
-            self._run = weakref.ref(run)
-        return run
+        with _making:
+            run = self._run()
+            if run is None:
+                run = replace(self.facts, output=output, inputs=inputs, sown=sown)
+                self._run = weakref.ref(run)
+            return run
 
     def copy(self, output: PyTree) -> int:
         """Copies a small output, of which the digest is taken when somebody asks. Returns its bytes, 0 for any other."""
         if self._line.small is None:
             return 0
-        self._copy = copy = np.frombuffer(output, self._line.small[0]).tobytes()
-        if self._facts is not None:  # somebody has read them already, such as another thread that saves
-            self._facts._taken.put_off(output)
+        copy = np.frombuffer(output, self._line.small[0]).tobytes()
+        with _making:
+            self._copy = copy
+            if self._facts is not None:  # somebody has read them already, such as another thread that saves
+                self._facts._taken.put_off(output)
         return len(copy)
 
 

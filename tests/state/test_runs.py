@@ -113,3 +113,10 @@ def test_whether_the_last_run_trained_is_known_without_its_arrays(monkeypatch):
     with pytest.raises(TypeError, match="no batch"):
         session.last(1)
     assert session.last_curve is None
+
+
+def test_a_run_that_was_made_later_is_that_of_the_session_while_somebody_holds_it(session):
+    outcome = again(session, jnp.float32(1))
+    run = session.runs[-1]
+    assert (session.runs[-1] is run, session.last(1) == [run], run in session.runs) == (True, True, True)
+    assert (outcome.run is run, session.history()[-1].run is run) == (True, True)
