@@ -403,6 +403,12 @@ class Runs(Sequence[Run]):
     def __repr__(self) -> str:
         return repr(list(self))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.pretty(list(self))
+
+    def __reduce__(self) -> tuple[type, tuple[list[Run]]]:
+        return list, (list(self),)  # copies and pickles hold the Runs, not what makes them
+
 
 def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
     """Cell number → the calls of its runs as they were written, an empty one for a key; only cells of this kernel."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from by_hand import MyModel, keys_of, notebook_x
+from IPython.lib.pretty import pretty
 from sessions import session_of
 
 from flax_magics import Session
@@ -88,6 +91,9 @@ def test_they_are_those_of_the_moment(session):
     assert (len(runs), len(session.runs), session.runs[-1] is run, run in runs) == (6, 7, True, False)
     assert (runs == [], session_of(Half()).runs == []) == (False, True)
     assert repr(runs) == repr(list(runs))
+    assert pretty(runs) == pretty(list(runs))
+    assert (type(copy.copy(runs)), copy.copy(runs) == runs) == (list, True)
+    assert [run.draw for run in pickle.loads(pickle.dumps(runs))] == [1, 2, 3, 4, 5, 6]
 
 
 def test_keys_of_a_run_that_is_made_later_are_those_that_it_had():
