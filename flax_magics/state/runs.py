@@ -95,9 +95,9 @@ class StoredRun:
         """`Run.notes`."""
         return self.facts.notes
 
-    def copy(self, output: PyTree) -> int:
+    def copy(self, output: PyTree) -> bytes:
         """Only of a `RepeatedRun` the output can be copied."""
-        return 0
+        return b""
 
     def run(self) -> Run:
         """The run. A field of which an array is gone is `RELEASED` as a whole."""
@@ -219,6 +219,7 @@ class RepeatedRun(StoredRun):
         if self._copy is not None and self._line.small is not None:
             dtype, shape = self._line.small
             facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
+            self._copy = None  # which goes once the facts are read
         return replace(
             self._line.template,
             seed=draw.seed,
@@ -245,21 +246,20 @@ class RepeatedRun(StoredRun):
         same = same and (draw.seed, cell) == (other_draw.seed, other_cell)
         return same and self._line.small is not None
 
-    def recorded(self, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
-        """`run.recorded` of this run, after `copy`.
+    def recorded(self, copy: bytes, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
+        """`run.recorded` of this run.
 
         Args:
+          copy: of its output, as `copy` gave it.
           like: what `recorded` gave for a run that it `is_like`.
           keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
         """
         assert self._line.small is not None
-        assert self._copy is not None
-        output = np.frombuffer(self._copy, self._line.small[0]).reshape(self._line.small[1])
+        output = np.frombuffer(copy, self._line.small[0]).reshape(self._line.small[1])
         keys = all_words(RunKeys(self._drawn[0], self._line.key_names))
         news = {"draw": self.draw, "started": self._drawn[1], "keys": keys, "digest": digest_of(output)}
         if not keeps:
             self.facts._taken.read()
-            self._copy = None
         return {**like, **news, **sample_of(output)}
 
     def run_of(self, output: PyTree, inputs: PyTree, sown: Mapping[str, PyTree]) -> Run:
@@ -271,16 +271,17 @@ class RepeatedRun(StoredRun):
                 self._run = weakref.ref(run)
             return run
 
-    def copy(self, output: PyTree) -> int:
-        """Copies a small output, of which the digest is taken when somebody asks. Returns its bytes, 0 for any other."""
+    def copy(self, output: PyTree) -> bytes:
+        """Copies a small output, of which the digest is taken when somebody asks. Returns the copy, empty for any other."""
         if self._line.small is None:
-            return 0
+            return b""
         copy = np.frombuffer(output, self._line.small[0]).tobytes()
         with _making:
-            self._copy = copy
-            if self._facts is not None:  # somebody has read them already, such as another thread that saves
+            if self._facts is None:
+                self._copy = copy
+            else:  # somebody has read them already, such as another thread that saves
                 self._facts._taken.put_off(output)
-        return len(copy)
+        return copy
 
 
 _UNCHANGED: dict[str, int] = {}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from by_hand import MyModel, keys_of, notebook_x
 from IPython.lib.pretty import pretty
 from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.base.digest import words
+from flax_magics.base.digest import digest_of, words
 from flax_magics.execution.call import Call
 from flax_magics.execution.record import Outcome
 from flax_magics.line.options import ApplyOptions
@@ -126,3 +128,14 @@ def test_a_run_that_was_made_later_is_that_of_the_session_while_somebody_holds_i
     run = session.runs[-1]
     assert (session.runs[-1] is run, session.last(1) == [run], run in session.runs) == (True, True, True)
     assert (outcome.run is run, session.history()[-1].run is run) == (True, True)
+
+
+def test_the_copy_of_a_small_output_is_there_until_the_facts_are_read(session):
+    outcome = again(session, jnp.float32(3))
+    repeated, copied = outcome.repeated, outcome.repeated.copy(outcome.output)
+    del outcome
+    assert copied == np.float32(1.5).tobytes()
+    assert (session.runs[-1].output, session.runs[-1].digest) == (RELEASED, digest_of(np.float32(1.5)))
+    assert copied not in gc.get_referents(repeated)
+    row = repeated.recorded(copied, {"draw": 6}, True)
+    assert (row["draw"], row["digest"]) == (7, digest_of(np.float32(1.5)))
