@@ -193,11 +193,13 @@ class LastRun:
         leaves: InputLeaves | None = None
         # Only the run before is shared with, and only if it is of this line. What it had is compared, not what this plan
         # knows: another thread may have run the line in between.
-        if before is not None and before.origin is not None and before.origin.how is recipe:
-            if inputs.same and before.inputs is not None and all(map(is_, before.inputs[1], args)):
-                leaves = before.inputs
-            if not recipe.written and all(map(is_, before.origin.leaves, inputs.leaves)):
-                origin = before.origin
+        # Each is read once, since another thread may drop it.
+        earlier, passed = (None, None) if before is None else (before.origin, before.inputs)
+        if earlier is not None and earlier.how is recipe:
+            if inputs.same and passed is not None and all(map(is_, passed[1], args)):
+                leaves = passed
+            if not recipe.written and all(map(is_, earlier.leaves, inputs.leaves)):
+                origin = earlier
         # NumPy arrays are copied: the user may write into them.
         if origin is None:
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
