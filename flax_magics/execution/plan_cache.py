@@ -122,7 +122,8 @@ class LastRun:
 
         Nothing is noted here: a run that is interrupted, or dropped, is no run before the next.
         """
-        if entry.model is not self.registered or entry.outdated or entry.rebuild_next:
+        anew = entry.rebuild_next and entry.built is not None
+        if entry.model is not self.registered or entry.outdated or anew:
             return None
         if programs.unfinished.wait is not None:
             return None
