@@ -224,7 +224,7 @@ class NnxEntry(AnyEntry, frozen=True):
 
     def still(self, before: ModelEntry) -> bool:
         """Whether it is the module that `before` was, as far as that can be told: no replay keeps the module itself."""
-        return before.fingerprint is None or self.computes(before.fingerprint)
+        return isinstance(before, NnxEntry) and (before.fingerprint is None or self.computes(before.fingerprint))
 
     def read_given(self, values: PyTree, written: Written) -> dict[str, dict[str, Leaf]]:
         """Variables that are given for one run, completed by those that are held; see `read_state`."""

@@ -313,7 +313,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     if change.state == "unchanged":
         return entry, ()
     became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
-    became = " with what it holds" if old is None else became
+    became = " with what it holds" if old is None and entry.ready else became
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
 
