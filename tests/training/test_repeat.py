@@ -103,6 +103,13 @@ def test_a_resumed_training_is_repeated_from_its_beginning_and_an_iterable_is_to
     assert bits(np.float32(step.output.loss)) == bits(run.losses[4])
 
 
+def test_the_beginning_of_a_training_is_kept_of_a_module_that_no_fresh_start_builds_anew():
+    session, function = module()
+    session.restart(3, fresh=True)
+    session.train(function, "net", DATA, optimizer=SGD, batch=8, steps=2)
+    assert session.replay(1).agreement.identical is True
+
+
 def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")
