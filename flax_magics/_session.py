@@ -445,8 +445,7 @@ class Session(SessionView, LossMethods):
             self._plans.forget(entry.name)
         elif outcome.write is None:
             self._plans.keep(entry, applied, self.services)
-        for data in applied.keys_in_call:
-            self.services.seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
+        self.services.seen.went_into(outcome.draw.first, applied.keys_in_call)
         return outcome.run
 
     @until_committed

@@ -499,6 +499,8 @@ SCENARIOS = [
     Scenario("training.options.completed", "%flax_train --steps 2 loss(net, x)", (NET, SUM)),
     Scenario("training.options.completed", "%flax_train --optimizer 0.1 --steps 2 loss(net, x)", (NET, SUM, OPTAX),
              ("1e-3",)),
+    Scenario("training.options._other", "%flax_train --resume --batch 3 --steps 4 loss(net, x)",
+             (NET, SUM, OPTAX, f"{TRAIN} --batch 2 --steps 2 loss(net, x);")),
     Scenario("training.resumption.fitted_state", "%flax_train --resume --steps 4 --optimizer optax.adam(0.1) loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --steps 2 loss(net, x)")),
     Scenario("history.replay._check_step", "%flax_replay --step 2 1", (NET, SUM, OPTAX, f"{TRAIN} --steps 2 loss(net, x)")),

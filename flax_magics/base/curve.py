@@ -10,6 +10,8 @@ from msgspec import Struct
 
 from .types import HostArray
 
+ROW_ORDER = "row order"
+"""The stream of a training's draw whose key shuffles the rows: no identifier, so that it is none of a model's."""
 STORED = 10_000
 """The most steps of which a saved notebook has the numbers."""
 

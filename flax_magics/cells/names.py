@@ -91,7 +91,11 @@ class Free:
         self.used = used | set(BUILTIN)
 
     def take(self, *wanted: str) -> str:
-        """Returns the first free name of `wanted`, else the last one with a number from 2, and marks it as used."""
+        """Returns the first free name of `wanted`, else the last one with a number from 2, and marks it as used.
+
+        What no identifier may have, such as a space, becomes `_`.
+        """
+        wanted = tuple(re.sub(r"\W", "_", name) for name in wanted)
         numbered = (f"{wanted[-1]}_{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain(wanted, numbered) if name not in self.used)
         self.used.add(name)

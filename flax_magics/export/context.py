@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 from msgspec.structs import replace
 
-from ..base.curve import Curve
+from ..base.curve import ROW_ORDER, Curve
 from ..base.types import PyTree
 from ..cells.journal import Load
 from ..cells.names import is_of_the_notebook
@@ -115,7 +115,7 @@ class RunGroups:
 def shuffled(run: Run) -> tuple[str, ...]:
     """The stream of the key by which a training shuffles arrays; empty for every other run."""
     task = None if run.trained is None else run.trained.task
-    return () if task is None or task.batch is None or not task.arrays else ("shuffle",)
+    return () if task is None or task.batch is None or not task.arrays else (ROW_ORDER,)
 
 
 FROM_PACKAGE = "it comes from flax_magics"

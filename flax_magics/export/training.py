@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..base.curve import Curve
+from ..base.curve import ROW_ORDER, Curve
+from ..base.text import clean
 from ..run import Run
 from .context import CommandLines, shuffled
 from .functions import CannotSay, JittedFunction, as_written, split
@@ -107,15 +108,21 @@ class TrainLines:
             "new_params = optax.apply_updates(params, changes)",
         ]
 
-    def guarded(self, new: Sequence[str], old: Sequence[str]) -> list[str]:
-        """The last lines of the step, which is taken only if it is finite, and if all before it were."""
+    def guarded(self, new: Sequence[str], old: Sequence[str], changed: Sequence[str]) -> list[str]:
+        """The last lines of the step, which is taken only if it is finite, and if all before it were.
+
+        Args:
+          changed: what of the new values the step has changed.
+        """
+        text = self.writer.text
+        metrics = f", {text('metrics')}: metrics" if self.metrics else ""
         return [
             "# A step that is not finite is not taken, and none after it.",
-            call("leaves = jax.tree.leaves((", ["value", "grads", *new], "))"),
+            call("leaves = jax.tree.leaves((", ["value", "grads", *changed], "))"),
             "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
             f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
             "state = jax.lax.cond(finite, lambda: new, lambda: old)",
-            f"return (*state, finite), {{{self.writer.text('loss')}: value{', **metrics' if self.metrics else ''}}}",
+            f"return (*state, finite), {{{text('loss')}: value{metrics}}}",
         ]
 
     def step(self, body: Sequence[str], *, static: Sequence[str] = (), constant: Sequence[str] = ()) -> str:
@@ -226,7 +233,7 @@ class TrainLines:
         self.writer.needs.add("np")
         first, number, size, unit = self.part.first, self.own("step"), self.task.batch, self.writer.unit
         epoch, place, order, rows = map(self.own, ("epoch", "place", "order", "rows"))
-        key, data = f"jax.random.fold_in({self.key('shuffle')}, {epoch})", self.own("data")
+        key, data = f"jax.random.fold_in({self.key(ROW_ORDER)}, {epoch})", self.own("data")
         begins = f"{place} == 0" + f" or {number} == {first}" * bool(first)
         return [
             f"{epoch}, {place} = divmod({number}, {self.curve.epoch})",
@@ -260,13 +267,16 @@ class TrainLines:
             return [f"# Interrupted here, after {self.part.end} steps."]
         lines = self.writer.show(self.command.label, variables)
         if self.curve.evals:
-            looks = f"the looks at `{self.task.eval}` while it trains"
+            looks = f"the looks at `{clean(self.task.eval)}` while it trains"
             self.command.context.unexported.append(looks)
             lines = [f"# Left out: {looks}.", *lines]
         if self.command.site.target:
             self.writer.needs |= {"np", "types"}
             curve, text = self.own("curve"), self.writer.text
-            values = {name: f"np.array([each[{text(name)}] for each in {curve}])" for name in self.curve.metrics}
+            of_metrics = f"each[{text('metrics')}]"
+            values = {
+                name: f"np.array([{of_metrics}[{text(name)}] for each in {curve}])" for name in self.curve.metrics
+            }
             metrics = ", ".join(f"{text(name)}: {value}" for name, value in values.items())
             losses = f"losses=np.array([each[{text('loss')}] for each in {curve}])"
             fields = [losses, f"metrics={{{metrics}}}", f"steps={self.part.end}"]
@@ -296,8 +306,9 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
     if training.metrics and mutable:
         inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
     kept = [name for name in facts.mutable if name in facts.kept]
-    updates = "**updates, " if kept and kept == [*facts.mutable] else ""
-    updates = updates or "".join(f"{writer.text(name)}: updates[{writer.text(name)}], " for name in kept)
+    written = ["updates"] if kept and kept == [*facts.mutable] else [f"updates[{writer.text(name)}]" for name in kept]
+    updates = "".join(f"{writer.text(name)}: {tree}, " for name, tree in zip(kept, written, strict=False))
+    updates = "**updates, " if written == ["updates"] else updates
     body = [
         "variables, opt_state, finite = state",
         *training.given(),
@@ -308,7 +319,7 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
         "",
         *training.updated("updates" if mutable else ""),
         f"new_variables = {{**variables, {updates}{own}: {whole.format('new_params')}}}",
-        *training.guarded(["new_variables"], ["variables"]),
+        *training.guarded(["new_variables"], ["variables"], ["new_params", *written]),
     ]
     step = training.step(body)
     opt_state, state = training.own("opt_state"), training.own("state")
@@ -385,7 +396,7 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
         *indented(inside, writer.unit),
         "",
         *training.updated("new_stats" if written else ""),
-        *training.guarded(["new_params", *new_stats], ["params", *stats]),
+        *training.guarded(["new_params", *new_stats], ["params", *stats], ["new_params", *new_stats]),
     ]
     step = training.step(body, static=["graphdef"], constant=["rest"])
     copy, graphdef, rest = training.own(f"{model.name}_copy"), training.own("graphdef"), training.own("rest")

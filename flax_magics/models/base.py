@@ -77,6 +77,8 @@ class CallTrace(Struct):
     """Collections that a linen model wrote, sown ones included."""
     sown: set[str] = set()
     """Collections that `sow` wrote; for NNX only `SOWN`."""
+    updated: set[str] = set()
+    """Collections, types of NNX, that a loss was given and has changed."""
     layers: list[Layer] = []
     """Dropout and normalization layers that were called, each once."""
     axes: set[str] = set()

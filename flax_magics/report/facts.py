@@ -237,9 +237,9 @@ def out_of(run: Run) -> tuple[str, ...]:
 def scalars_of(run: Run) -> tuple[str, ...]:
     """`loss 2.31` and `accuracy 0.125`, of gradients, as far as these are still there."""
     output = run.output
-    scalars = {"loss": getattr(output, "loss", None), **(getattr(output, "metrics", None) or {})}
-    there = {name: value for name, value in scalars.items() if value is not None and not is_gone(value)}
-    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in there.items())
+    scalars = [("loss", getattr(output, "loss", None)), *(getattr(output, "metrics", None) or {}).items()]
+    there = [(name, value) for name, value in scalars if value is not None and not is_gone(value)]
+    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in there)
 
 
 def not_finite(run: Run) -> tuple[str, ...]:

@@ -302,6 +302,11 @@ class SeenKeys:
         self.roots = roots
         self.runs: dict[bytes, str] = {}
 
+    def went_into(self, draw: Draw, keys: Iterable[bytes]) -> None:
+        """Records that `keys` were passed to the run of a draw, each of those that were passed to none before."""
+        for data in keys:
+            self.runs.setdefault(data, f"draw {draw.number}")
+
 
 @cache
 def shape_of_key(impl: str) -> jax.ShapeDtypeStruct:

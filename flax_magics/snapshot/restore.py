@@ -92,11 +92,14 @@ def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
 
 
 def _trained(saved: SavedModel) -> dict[str, Any]:
-    """The fields of an entry that `--resume` goes on with. The optimizer's text is not run: it has to be given again."""
-    return {
-        "optimizer": None if saved.optimizer is None else Optimizer(saved.optimizer, None),
-        "training": None if saved.training is None else saved.training.training(),
-    }
+    """The fields of an entry that `--resume` goes on with.
+
+    No text of a file is run: optimizer and `--eval` data have to be given again, but for data that are a name.
+    """
+    training = None if saved.training is None else saved.training.training()
+    if training is not None and not training.eval.isidentifier():
+        training = replace(training, eval="")
+    return {"optimizer": None if saved.optimizer is None else Optimizer(saved.optimizer, None), "training": training}
 
 
 def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, InitRecord | None, bool]:

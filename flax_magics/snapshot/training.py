@@ -12,6 +12,9 @@ from ..base.files import Damaged
 from ..base.types import HostArray, PyTree
 from ..state.training import SavedTraining, Training
 
+GROUPED = 10_000
+"""The most steps of a group: a file does not decide how much memory is taken."""
+
 
 def arrays_of(training: Training) -> dict[str, PyTree]:
     """`SavedTraining.trees` of a training."""
@@ -31,7 +34,8 @@ def check_arrays(training: SavedTraining, name: str) -> None:
         raise Damaged(f"{what} has losses or metrics that are none")
     sizes = (training.batch, training.epochs, training.steps, training.total, training.epoch, training.group)
     shapes = {one.shape for one in (trees["losses"], *metrics.values())}
-    if any(size is not None and size < 1 for size in sizes) or shapes != {(trees["losses"].size,)}:
+    is_none = any(size is not None and size < 1 for size in sizes) or training.group > GROUPED
+    if is_none or shapes != {(trees["losses"].size,)}:
         raise Damaged(f"{what} has a number of steps that is none")
 
 

@@ -275,7 +275,10 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
         raise FlaxMagicsError(message, form=f"{plain_name(text, 'data')} = {{'image': …, 'label': …}}")
     if batch is not None:
         message = f"`{text}` gives batches of its own: --batch cuts arrays."
-        raise FlaxMagicsError(message, **written(without_option(line, "--batch", "[0-9]+")))
+        write = without_option(line, "--batch", "[0-9]+")
+        if write == line:  # of a training that goes on, with the batch that it began with
+            raise FlaxMagicsError(message, hint=f"--resume goes on with arrays where --batch {batch} had cut some")
+        raise FlaxMagicsError(message, **written(write))
     torch = sys.modules.get("torch.utils.data")
     if torch is not None and isinstance(data, torch.DataLoader) and data.num_workers > 0:
         context = getattr(data, "multiprocessing_context", None)

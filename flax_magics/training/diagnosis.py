@@ -55,7 +55,9 @@ def notes_of(execution: Execution, run: Run) -> Iterator[Note]:
     if paths not in known:
         on_phase("looking where no gradient gets through")
         evaluated = _evaluated(execution)
-        known[paths] = () if evaluated is None else tuple(evaluated.dead(paths))
+        known[paths] = ()
+        with suppress(Exception):
+            known[paths] = () if evaluated is None else tuple(evaluated.dead(paths))
     yield from known[paths]
 
 
@@ -89,14 +91,24 @@ def why_of_step(
       given: key data of the step, its arguments by name, and the rows of the data that its batch consists of.
       loss: that the step gave.
     """
+    try:
+        return _why_of_step(step, request, opt_state, given, loss)
+    except Exception:  # as in `_evaluated`; the finished steps must not be lost for want of a reason
+        return f"the loss is {_number(np.asarray(loss))}" if is_bad(loss) else "its gradients or variables are not"
+
+
+def _why_of_step(
+    step: Step,
+    request: TraceRequest,
+    opt_state: PyTree,
+    given: tuple[Mapping[str, Words], Kwargs, HostArray | None],
+    loss: Leaf,
+) -> str:
     keys, named, rows = given
     arguments = step.arguments
     leaves = tuple(named.get(name, leaf) for name, leaf in zip(arguments.names, arguments.leaves, strict=True))
     request = replace(request, model=step.loss.as_model(), arguments=replace(arguments, leaves=leaves))
-    try:
-        evaluated = Evaluated(request, keys, rows)
-    except Exception:  # as in `_evaluated`
-        return f"the loss is {_number(np.asarray(loss))}" if is_bad(loss) else "its gradients or variables are not"
+    evaluated = Evaluated(request, keys, {} if rows is None else dict.fromkeys(step.batched, rows))
     gradients = evaluated.gradients
     if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
         return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
@@ -140,7 +152,9 @@ def _not_finite(loss: Leaf, rows: Sequence[LayerGradient], evaluated: Evaluated 
         more = f" and {plural(len(bad) - 1, 'more layer')}" if len(bad) > 1 else ""
         what = f"the loss is finite, and the gradient of {named}{more} is not"
         what = what if bad else "the loss is finite, and what it writes into the variables is not"
-    why = "" if evaluated is None else evaluated.why()
+    why = ""
+    with suppress(Exception):  # without a reason the rest is still true
+        why = "" if evaluated is None else evaluated.why()
     return f"{what}: {why}" if why else what
 
 
@@ -150,11 +164,13 @@ class Evaluated:
     Args:
       request: what it was made for.
       keys: key data by stream.
-      rows: those that a batch takes of the arrays of the data, if it does.
+      rows: name of an argument that is a part of the data → which rows of them it is.
     """
 
-    def __init__(self, request: TraceRequest, keys: Mapping[str, Words], rows: HostArray | None = None) -> None:
-        self.rows = rows
+    def __init__(
+        self, request: TraceRequest, keys: Mapping[str, Words], rows: Mapping[str, HostArray] | None = None
+    ) -> None:
+        self.rows = rows or {}
         traced: TracedCall[None] = trace_call(replace(request, noted=True))
         inputs = request.variables, keys, request.arguments.dynamic
         paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
@@ -182,10 +198,11 @@ class Evaluated:
     def _of_input(self, culprit: Culprit) -> str:
         name = dict(zip(self.top.jaxpr.invars, self.names, strict=True)).get(culprit.atom, "a constant")
         values = np.asarray(culprit.level.read(culprit.atom))
-        if values.ndim < 2 or name.startswith("the variable"):
+        if not values.ndim or name.startswith(VARIABLE):
             return f"{name} holds NaN"
         rows = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(axis=1))
-        rows = rows if self.rows is None else self.rows[rows]
+        of_data = self.rows.get(name.strip("`"))
+        rows = rows if of_data is None else of_data[rows]
         more = " and more" if len(rows) > ROWS else ""
         return f"{name} holds NaN in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows[:ROWS]))}{more}"
 

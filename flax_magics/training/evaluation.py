@@ -8,8 +8,8 @@ entered at their first step that gives a bad value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -124,10 +124,26 @@ class Culprit(Struct, frozen=True):
 
 def culprit_of(level: Level, atom: Atom) -> Culprit | None:
     """What has made the bad value of `atom`; None where it came of nothing but constants that are infinite."""
-    return _search(level, atom, set())
+    seen: set[tuple[int, int]] = set()
+    # A stack of its own: Python's is too small for a model of some hundred equations in a row.
+    searches, culprit = [_search(level, atom, seen)], None
+    while searches:
+        try:
+            place = searches[-1].send(culprit)
+        except StopIteration as ended:
+            searches.pop()
+            culprit = ended.value
+        else:
+            searches.append(_search(*place, seen))
+            culprit = None
+    return culprit
 
 
-def _search(level: Level, atom: Atom, seen: set[tuple[int, int]]) -> Culprit | None:
+Search: TypeAlias = Generator[tuple[Level, Atom], Culprit | None, Culprit | None]
+"""Yields places that have to be searched first, is sent what was found behind each, and returns what it has found."""
+
+
+def _search(level: Level, atom: Atom, seen: set[tuple[int, int]]) -> Search:
     """`culprit_of`; `seen` are places that were searched and gave nothing."""
     while True:
         place = (id(level), id(atom))
@@ -142,24 +158,25 @@ def _search(level: Level, atom: Atom, seen: set[tuple[int, int]]) -> Culprit | N
             return Culprit(level, None, atom) if not level.step and has_nan(level.read(atom)) else None
         equation, n = level.makers[atom]
         if id(equation) not in level.inner:
-            return _through(level, equation, atom, seen)
+            return (yield from _through(level, equation, atom))
         level = level.inner[id(equation)]
         atom = level.jaxpr.outvars[n]
 
 
-def _through(level: Level, equation: Equation, atom: Atom, seen: set[tuple[int, int]]) -> Culprit | None:
+def _through(level: Level, equation: Equation, atom: Atom) -> Search:
     """The culprit behind an equation that gave a bad value: beyond one of its bad inputs, or itself."""
     bad = [each for each in equation.invars if is_bad(level.read(each))]
     nans = [each for each in bad if has_nan(level.read(each))]
     for each in (*nans, *(one for one in bad if one not in nans)):
-        culprit = _search(level, each, seen)
+        culprit = yield level, each
         if culprit is not None:
             return culprit
-    steps = list(_steps(level, equation)) if equation.primitive.name in ("scan", "while", "cond") else []
-    for step in steps:
-        result = next((one for one in step.jaxpr.outvars if is_bad(step.read(one))), None)
-        if result is not None:
-            return _search(step, result, seen) or Culprit(level, equation, atom)
+    if equation.primitive.name in ("scan", "while", "cond"):
+        # One step at a time: all its values are kept while it is looked at.
+        for step in _steps(level, equation):
+            result = next((one for one in step.jaxpr.outvars if is_bad(step.read(one))), None)
+            if result is not None:
+                return (yield step, result) or Culprit(level, equation, atom)
     # Of infinities that nobody has made it makes NaN: −inf − −inf, where a mask hides everything.
     return Culprit(level, equation, atom) if not bad or (has_nan(level.read(atom)) and not nans) else None
 

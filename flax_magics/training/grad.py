@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -164,12 +165,12 @@ def grad_model(
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
     after = _learned(execution, entry, loss)
+    keys = dict(notes.keys_in(execution.arguments, services.seen, ()))
+    outcome = record.Outcome(run, stored, draw, after, committed=partial(services.seen.went_into, draw, keys.values()))
     if not anew:
-        return record.Outcome(run, stored, draw, after)
+        return outcome
     users_model, new_model = users_entry.nnx.model, entry.nnx.model
-    return record.Outcome(
-        run, stored, draw, replace(after, model=users_model), write=lambda: users_model.become(new_model)
-    )
+    return outcome._replace(entry=replace(after, model=users_model), write=lambda: users_model.become(new_model))
 
 
 def _with_variables(argument: PyTree, others: Iterable[ModelEntry]) -> PyTree:

@@ -16,7 +16,7 @@ from ..execution.call import request_of
 from ..execution.execute import ApplyRequest
 from ..models.base import Variables
 from ..models.calls import signature_of
-from ..rng.keys import Draw
+from ..rng.keys import Draw, StepDraw
 from ..state.entry import ModelEntry
 from .data import in_order
 from .loop import LeftOut
@@ -50,13 +50,15 @@ class Look:
         """The means over all batches, each weighed by its examples; programs are compiled in a block of `left_out`."""
         sums: dict[str, float] = {}
         examples = 0
-        for tree, size in in_order(self._text, self._data, self._batch):
+        for number, (tree, size) in enumerate(in_order(self._text, self._data, self._batch)):
             program, request = self._program(tree, variables, left_out)
-            keys = {name: self._draw.words(f"{EVAL} {name}") for name in sorted(program.needs.streams)}
+            # Each batch has numbers of its own, and each look those of the one before it, so that looks are comparable.
+            draw = StepDraw.of(self._draw, number)
+            keys = {name: draw.words(f"{EVAL} {name}") for name in sorted(program.needs.streams)}
             programs, dynamic = self._request.services.programs, request.arguments.dynamic
             (value, metrics), _ = programs.run(program, request.variables, keys, dynamic)
-            for name, number in {"": value, **(metrics or {})}.items():
-                sums[name] = sums.get(name, 0.0) + float(number) * size
+            for name, scalar in {"": value, **(metrics or {})}.items():
+                sums[name] = sums.get(name, 0.0) + float(scalar) * size
             examples += size
         if not examples:
             raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to look at.")

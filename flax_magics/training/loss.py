@@ -70,8 +70,8 @@ class Gradients:
 
     @property
     def _scalars(self) -> list[str]:
-        scalars = {"loss": self.loss, **(self.metrics or {})}
-        return [f"{clean(name)} {float(value):.4g}" for name, value in scalars.items() if _is_scalar(value)]
+        scalars = [("loss", self.loss), *(self.metrics or {}).items()]
+        return [f"{clean(name)} {float(value):.4g}" for name, value in scalars if _is_scalar(value)]
 
     def __repr__(self) -> str:
         return f"<Gradients: {', '.join(self._scalars)}>"
@@ -210,7 +210,8 @@ class Loss(Struct, frozen=True, eq=False):
             trained = self.parameters(variables)
             loss_of = self.of_parameters(run, variables, (keys, args, kwargs))
             if not self.graded:
-                value, (metrics, _) = loss_of(trained)
+                value, (metrics, updates) = loss_of(trained)
+                record.updated |= updates.keys() & variables.keys()
                 return (value, metrics), {}
             (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
             sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}
@@ -277,6 +278,8 @@ def read(name: str, output: PyTree) -> tuple[Leaf, Mapping[str, Leaf] | None]:
     wrong = None
     if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
         wrong = f"{kind_of(metrics)} beside the loss"
+    elif "" in metrics:
+        wrong = "a metric without a name"
     else:
         wrong = next((f"{describe(one)} as `{key}`" for key, one in metrics.items() if not _is_scalar(one)), None)
     if wrong is not None:

@@ -15,6 +15,7 @@ from ..execution import surroundings
 from ..execution.call import Call, as_names
 from ..execution.surroundings import stand_outside
 from ..run import RELEASED
+from ..state.entry import TrainRecipe
 from ..state.handles import entry_of
 from ..state.runs import RunLog, StoredRun, backwards, with_newer
 from ..state.training import Optimizer, Training, TrainOptions
@@ -144,7 +145,7 @@ class LossMethods:
         """`train` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
         line = f"{call.command} {call.text}"
         stand_outside(surroundings.of_state, line, line)
-        from .repeat import beginning_of
+        from .repeat import beginning_of, goes_on_as
         from .train import train_model
 
         check(function, call.text, call.command)
@@ -156,7 +157,7 @@ class LossMethods:
             loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
             limit = self._keeping.limit
             begun = None if options.resume else beginning_of(state, entry, loss, call, options, limit=limit)
-            commit = Committing(self, state, begun)
+            commit = Committing(self, state, begun, lambda recipe: goes_on_as(recipe, loss, call, options))
             said = (*more, *notes)
             return train_model(state, entry, loss, call, options, services=self.services, said=said, commit=commit)
 
@@ -194,10 +195,17 @@ class Committing:
     Args:
       before: the session's state from which the training was worked out.
       begun: how it began, for replays; None where that is not kept, and for one that was resumed.
+      goes_on_as: whether one that was resumed goes on by what it began with.
     """
 
-    def __init__(self, session: LossMethods, before: State, begun: Beginning | None) -> None:
-        self._session, self._before, self._begun = session, before, begun
+    def __init__(
+        self,
+        session: LossMethods,
+        before: State,
+        begun: Beginning | None,
+        goes_on_as: Callable[[TrainRecipe], bool],
+    ) -> None:
+        self._session, self._before, self._begun, self._goes_on_as = session, before, begun, goes_on_as
         self._last: Progress | None = None
         self._stored: StoredRun | None = None
 
@@ -254,6 +262,9 @@ class Committing:
 
         earlier = _earlier(self._session._state.runs, run)
         if earlier is None or earlier.origin is None or earlier.inputs is None:
+            return None
+        # A replay would do all steps with the first loss and optimizer.
+        if not isinstance(earlier.origin.how, TrainRecipe) or not self._goes_on_as(earlier.origin.how):
             return None
         return Beginning(earlier.origin, earlier.size, earlier.inputs)
 

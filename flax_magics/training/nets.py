@@ -74,8 +74,8 @@ class LinenLoss(Loss, frozen=True, eq=False):
         return set(updates)
 
     def written(self, record: CallTrace) -> set[str]:
-        """The collections that a step writes besides the parameters."""
-        return record.written - record.sown
+        """The collections that a step writes besides the parameters, of those that there were before it."""
+        return record.updated - record.sown - {"params"}
 
     def types(self, variables: Variables) -> set[str]:
         """What a pattern of `freeze` may name besides paths: nothing."""
@@ -142,8 +142,8 @@ class NnxLoss(Loss, frozen=True, eq=False):
         return {type(leaf).__name__ for _, leaf in self.rows(updates)}
 
     def written(self, record: CallTrace) -> set[str]:
-        """The types that a step may write besides the parameters."""
-        return {*self.model.own_variables()} - self.model.trainable()
+        """The types that a step writes besides the parameters."""
+        return {*self.model.own_variables()} & record.updated - self.model.trainable()
 
     def types(self, variables: Variables) -> set[str]:
         """What a pattern of `freeze` may name besides paths."""

@@ -46,6 +46,7 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
         message = "--epochs and --steps both say how long the training is. Leave one of them out."
         raise FlaxMagicsError(message, **written(without_option(line, "--epochs", "[0-9]+")))
     if resumed is not None:
+        _check_same(options, resumed, line)
         asked = options.epochs is not None or options.steps is not None
         options = replace(
             options,
@@ -53,7 +54,6 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
             epochs=options.epochs if asked else resumed.epochs,
             steps=options.steps if asked else resumed.steps,
             freeze=resumed.freeze,
-            eval_text=options.eval_text or resumed.eval,
         )
     elif options.epochs is None and options.steps is None:
         message = "how long? --steps counts steps, --epochs times through the data."
@@ -73,6 +73,21 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
             form=line.replace(optimizer.text, "optax.adamw(…)", 1),
         )
     return replace(options, optimizer=optimizer)
+
+
+def _check_same(options: TrainOptions, resumed: Training, line: str) -> None:
+    """Raises FlaxMagicsError where a training should go on with another batch, or with other parameters frozen."""
+    began = "" if resumed.batch is None else f"--batch {resumed.batch}"
+    if options.batch not in (None, resumed.batch):
+        raise _other("--batch", "[0-9]+", began, line)
+    if options.freeze and options.freeze != resumed.freeze:
+        raise _other("--freeze", r"\S+", " ".join(f"--freeze {clean(one)}" for one in resumed.freeze), line)
+
+
+def _other(option: str, value: str, began: str, line: str) -> FlaxMagicsError:
+    began = f"`{began}`, which need not be given again" if began else f"without {option}"
+    write = without_option(line, option, value)
+    return FlaxMagicsError(f"a training goes on as it began: {began}.", **(written(write) if write != line else {}))
 
 
 def skipped(training: Training) -> int:

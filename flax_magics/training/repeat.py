@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from ..base.digest import bytes_of, own
 from ..base.types import PyTree
+from ..code.fingerprint import Fingerprint
 from ..compile.cache import Services
 from ..execution.call import Call
 from ..rng.keys import Draw, RootKey, RunKeys, StepDraw
@@ -61,6 +62,19 @@ def beginning_of(
     kept = entry.without_variables()
     recipe = TrainRecipe(kept, loss.function, loss.name, options, call.text, taken, structure, pinned)
     return Beginning(Origin(recipe, list(map(own, leaves))), size, (treedef, list(map(own, inputs))))
+
+
+def goes_on_as(recipe: TrainRecipe, loss: Loss, call: Call, options: TrainOptions) -> bool:
+    """Whether a training that is resumed has the loss, the call and the optimizer that it began with."""
+    began, optimizer = recipe.options.optimizer, options.optimizer
+    if optimizer is not None and began is not None and optimizer.transformation is not began.transformation:
+        # The same text makes the same optimizer again, unless it is a name, which may stand for another by now.
+        same_optimizer = optimizer.text == began.text and "(" in optimizer.text
+    else:
+        same_optimizer = True
+    code = Fingerprint(recipe.function).digest()
+    same_loss = recipe.function is loss.function or (code is not None and code == Fingerprint(loss.function).digest())
+    return same_optimizer and same_loss and recipe.call == call.text
 
 
 class Again:

@@ -51,7 +51,9 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
 
 def begun_as(run: Run, runs: RunLog | None) -> Run:
     """The Run of a training that goes on, with how it began: as the earlier Run has it, whose place it takes."""
-    earlier = [stored.facts for stored in of_draw(runs, run.seed, run.draw) if stored.facts.kind.trains]
+    of_this = (stored.facts for stored in of_draw(runs, run.seed, run.draw) if stored.facts.kind.trains)
+    # A file may have brought a history in which another model was trained in that draw.
+    earlier = [facts for facts in of_this if facts.model == run.model]
     if not earlier:
         return run
     before = earlier[-1]

@@ -95,8 +95,10 @@ class Step(Struct, frozen=True, eq=False):
             }
         params, opt_state = self.updated(params, grads, state.opt_state, **of_loss)
         variables = with_updates(state.variables, updates, record)
+        # What nobody updates may be infinite: a mask, a cache before its first use.
+        written = [tree for name, tree in variables.items() if tree is not state.variables[name]]
         variables = self.loss.put_into(variables, self._as_values(params, trained))
-        alive = state.alive & is_finite((value, grads, variables))
+        alive = state.alive & is_finite((value, grads, params, written))
         # A `cond` and not a `where`, which changes the bits of what XLA joins with it.
         variables, opt_state = jax.lax.cond(
             alive, lambda: (variables, opt_state), lambda: (state.variables, state.opt_state)

@@ -13,10 +13,10 @@ from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.curve import Curve
+from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing, devices_of
-from ..base.text import join, plural
+from ..base.text import clean, join, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -49,8 +49,6 @@ from .programs import StepPrograms
 from .resumption import begun_as, fitted_state
 from .step import Step, TrainState
 
-SHUFFLE = "shuffle"
-"""The stream of a draw whose key shuffles the rows."""
 STILL = 50
 """After so many steps of the same loss something is wrong."""
 OFTEN = 0.05
@@ -158,7 +156,7 @@ class Trainer:
         self._committed = self._shown = time.perf_counter()
         self._has_committed = False
         if isinstance(data, ArrayData):
-            data.key = self.draw.stream(SHUFFLE)
+            data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
         written = self.loss.written(self.traced.trace)
         bound = self.request.bound
@@ -266,6 +264,12 @@ class Trainer:
             found.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
+        seen, arguments = self.services.seen, self.traced.request.arguments
+        self.keys_in_call = dict(notes.keys_in(arguments, seen, self.step.batched))
+        for name in self.keys_in_call:
+            found.append(Note("same key", f"`{name}` goes into every step: each has the same numbers"))
+        if self.resumed is None:  # else it goes on with the keys of its own draw
+            found += notes.of_keys(self.keys_in_call, seen, self.request.line)
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
         found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
@@ -275,6 +279,10 @@ class Trainer:
         source = entry.source_now()
         if self.resumed is not None and source is not None and source.changed:
             text = f"the weights of {self.name} were changed by your code since: it goes on with these"
+            found.append(Note("resume", text))
+        looked_at = "" if self.resumed is None else self.resumed.curve.task.eval
+        if looked_at and self.options.eval is None:
+            text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
             found.append(Note("resume", text))
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)
@@ -381,6 +389,7 @@ class Trainer:
         run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
         self._has_committed = True
         self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
+        self.services.seen.went_into(self.draw, self.keys_in_call.values())
         return run
 
     def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
@@ -422,7 +431,7 @@ class Trainer:
         if self.taken and "params" in self.keys:
             names["params (folded)"] = ("params", True)
         if self.options.batch is not None:
-            names[SHUFFLE] = (SHUFFLE, False)
+            names[ROW_ORDER] = (ROW_ORDER, False)
         made = self.variables.made
         if self.ready.anew:
             made = made_of(self.ready.entry.nnx.model.collections())

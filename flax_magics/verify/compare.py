@@ -130,6 +130,10 @@ def _agree_until_stopped(stored: Recorded, now: Recorded) -> bool:
         return False
     if "interrupted" not in (one.stopped, other.stopped):
         return False
+    # The one that was not interrupted did all of its steps, and would have done those of a longer one, too.
+    longest = max(len(one.losses), len(other.losses))
+    if any(curve.stopped != "interrupted" and len(curve.losses) < longest for curve in (one, other)):
+        return False
     return all(loss == also for loss, also in zip(one.losses, other.losses, strict=False))
 
 

@@ -7,6 +7,7 @@ import pytest
 from exporting import NNX_NET, NORMED, assert_same, digests_of, exported, printed
 from msgspec.structs import replace
 
+from flax_magics.base.curve import Task
 from flax_magics.base.digest import digest_of
 from flax_magics.training.loop import TrainingLoop
 
@@ -18,7 +19,7 @@ LOSS = """\
 import optax
 def loss(net, batch, train, scale=1.0):
     y = net(batch["x"], train=train)
-    return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean()}
+    return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean(), "loss": y.std()}
 train = {"x": jax.random.normal(jax.random.key(7), (22, 4)), "y": jnp.ones((22, 3))}
 """
 PLAIN = """\
@@ -60,7 +61,7 @@ for step in range(9):
   epoch, place = divmod(step, 3)
   if place == 0:
     order = jax.random.permutation(
-      jax.random.fold_in(shuffle_key, epoch), len(jax.tree.leaves(data)[0])
+      jax.random.fold_in(row_order_key, epoch), len(jax.tree.leaves(data)[0])
     )
   rows = np.asarray(order)[8 * place : 8 * (place + 1)]
   state, values = train_step(optimizer, state, data, rows, step, dropout_key)
@@ -132,6 +133,15 @@ def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(note
     notebook("%flax_apply --eval -q normed(x)")
     script = exported(notebook)
     assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
+
+
+def test_the_text_of_the_eval_data_stays_in_its_comment(notebook, monkeypatch):
+    notebook(NORMED)
+    notebook(LOSS)
+    task = Task("optax.adam(1e-2)", steps=2, eval="train\nraise SystemExit")
+    monkeypatch.setattr("flax_magics.training.train.task_of", lambda *_, **__: task)
+    notebook("%flax_train -q --optimizer optax.adam(1e-2) --steps 2 --eval train loss(normed, train)")
+    assert "# Left out: the looks at `train raise SystemExit` while it trains.\n" in exported(notebook)
 
 
 @pytest.mark.parametrize("batch", ["--batch 4 ", ""])

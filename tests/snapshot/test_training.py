@@ -27,9 +27,9 @@ from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.curve import Curve, Evaluation
 from flax_magics.run import like
 from flax_magics.snapshot import format
-from flax_magics.state.runs import StoredRun
+from flax_magics.state.runs import RunLog, StoredRun
 from flax_magics.state.training import Optimizer, Training
-from flax_magics.training.resumption import fitted_state
+from flax_magics.training.resumption import begun_as, fitted_state
 
 x = notebook_x()
 TEXT = "optax.chain(optax.clip(1.0), optax.adamw(1e-3))"
@@ -121,6 +121,30 @@ def test_the_optimizer_of_a_file_is_nothing_but_text(path):
     assert (optimizer.text, optimizer.transformation) == (TEXT, None)
 
 
+def test_the_eval_data_of_a_file_are_not_evaluated_unless_they_are_a_name(path):
+    session, parameters = linen()
+    crafted = f"open({str(path.with_name('ran'))!r}, 'w')"
+    texts = {"test": "test", crafted: "", "(test)": "", "test\nimport os": ""}
+    for text, expected in texts.items():
+        training = replace(trained(session, parameters), eval=text)
+        entry = replace(session._state.models["net"], training=training)
+        session._state = replace(session._state, models={"net": entry})
+        session.save(path)
+        other = session_of(Normed())
+        other.load(path)
+        assert of(other).eval == expected
+    assert not path.with_name("ran").exists()
+
+
+def test_a_training_begins_as_no_other_models_training_in_the_same_draw():
+    session, parameters = linen()
+    run = like(session.apply("net", x, train=True), command="train", trained=trained(session, parameters).curve)
+    log = RunLog.add(None, StoredRun(replace(run, registered="Net()")))
+    assert begun_as(run, log).registered == "Net()"
+    other = like(run, model="other")
+    assert begun_as(other, log) is other
+
+
 @pytest.mark.parametrize(
     ("other", "changes"),
     [
@@ -162,6 +186,7 @@ def test_other_weights_leave_nothing_to_go_on_with(path):
     ("before", "after", "why"),
     [
         ('"group": 1', '"group": 0', "the training of `net` has a number of steps that is none"),
+        ('"group": 1', '"group": 10001', "the training of `net` has a number of steps that is none"),
         ('["losses", {"numpy": "net trained with/losses"}]', '["losses", 1]', "has losses or metrics that are none"),
         ('["losses", ', '["lost", ', "the training of `net` is none"),
         ('"taken": true', '"taken": 1', "is not what it should be"),

@@ -30,13 +30,13 @@ class TrainedByHand(NamedTuple):
     metrics: list[Any]
 
 
-def shuffled(data: Any, batch: int, shuffle_key: jax.Array, steps: int) -> Iterator[tuple[Any, Any]]:
+def shuffled(data: Any, batch: int, row_order_key: jax.Array, steps: int) -> Iterator[tuple[Any, Any]]:
     """The batches of arrays: each epoch in an order of its own, the last batch shorter."""
     n = len(jax.tree.leaves(data)[0])
     for step in range(steps):
         epoch, at = divmod(step, -(-n // batch))
         if at == 0:
-            order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), n)
+            order = jax.random.permutation(jax.random.fold_in(row_order_key, epoch), n)
             order = np.asarray(order, np.int32)
         yield data, order[at * batch : (at + 1) * batch]
 

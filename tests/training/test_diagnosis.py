@@ -7,9 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from sessions import session_of
+
+from flax_magics import FlaxMagicsError
+from flax_magics.training.evaluation import Level, culprit_of
 
 X = jax.random.normal(jax.random.key(0), (3, 5))
 
@@ -141,6 +145,49 @@ def test_a_mask_of_minus_infinity_is_harmless_and_what_follows_it_is_not():
 
 def test_nan_in_the_data_is_named_by_its_rows():
     assert said(Net(nn.relu), X.at[1, 2].set(jnp.nan)) == ["the loss is NaN: `x` holds NaN in row 1"]
+
+
+def test_only_leaves_of_the_batch_have_rows_of_the_data_and_one_of_a_number_each_has_them_too():
+    def of_table(net: Any, batch: Any, table: Any) -> Any:
+        x, y = batch
+        return ((net(x).sum(1) - y) ** 2).mean() + table.sum()
+
+    def why(y: Any, table: Any) -> str:
+        with pytest.raises(FlaxMagicsError) as error:
+            session_of(Net(nn.relu)).train(of_table, "net", (X, y), table, optimizer=optax.sgd(0.1), batch=2, epochs=1)
+        return str(error.value).partition(" is not finite and was not taken: ")[2].splitlines()[0]
+
+    y, table = jnp.zeros(len(X)), jnp.zeros((1000, 2))
+    row = len(X) - 1
+    assert why(y.at[row].set(jnp.nan), table) == f"the loss is NaN: `batch[1]` holds NaN in row {row}"
+    assert why(y, table.at[900, 1].set(jnp.nan)) == "the loss is NaN: `table` holds NaN in row 900"
+
+
+def test_a_chain_longer_than_the_stack_is_gone_through():
+    def chain(x: Any) -> Any:
+        x = jnp.log(x * 0)
+        for _ in range(1100):
+            x = x + 1
+        return x
+
+    x = jnp.ones(2)
+    closed = jax.make_jaxpr(chain)(x)
+    level = Level(closed, [x])
+    culprit = culprit_of(level, closed.jaxpr.outvars[0])
+    assert culprit.equation.primitive.name == "log"
+
+
+def test_a_search_that_fails_costs_nothing_but_the_reason(monkeypatch):
+    def fails(*_: object) -> None:
+        raise RecursionError
+
+    data = X.at[1, 2].set(jnp.nan)
+    monkeypatch.setattr("flax_magics.training.diagnosis.culprit_of", fails)
+    assert said(Net(nn.relu), data) == ["the loss is NaN"]
+    monkeypatch.setattr("flax_magics.training.diagnosis.layers.of", fails)
+    with pytest.raises(FlaxMagicsError) as error:
+        session_of(Net(nn.relu)).train(loss, "net", data, optimizer=optax.sgd(0.1), steps=1)
+    assert str(error.value) == "step 0 is not finite and was not taken: the loss is NaN"
 
 
 def test_nan_in_the_weights_is_named():

@@ -15,12 +15,26 @@ from sessions import session_of
 
 import flax_magics
 from flax_magics import FlaxMagicsError, Session
+from flax_magics.report.facts import scalars_of
 from flax_magics.training.loss import Gradients
 from flax_magics.training.nets import is_frozen
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
 BATCH = {"x": jax.random.normal(jax.random.key(5), (4, 6)), "y": jnp.array([0, 1, 2, 1])}
+
+
+def test_a_metric_may_be_called_like_the_loss_and_has_to_be_called_something():
+    def of_name(name: str) -> Any:
+        return lambda net, batch: (net(batch["x"]).sum() * 0 + 2.0, {name: 3.0})
+
+    session = Session()
+    session.register("net", nn.Dense(3))
+    run = session.grad(of_name("loss"), "net", BATCH)
+    assert repr(run.output) == "<Gradients: loss 2, loss 3>"
+    assert scalars_of(run) == ("loss 2", "loss 3")
+    with pytest.raises(FlaxMagicsError, match="returns a metric without a name, and metrics are a dict of scalars"):
+        session.grad(of_name(""), "net", BATCH)
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:

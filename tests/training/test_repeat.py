@@ -110,6 +110,22 @@ def test_the_beginning_of_a_training_is_kept_of_a_module_that_no_fresh_start_bui
     assert session.replay(1).agreement.identical is True
 
 
+def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
+    def other(net: Any, batch: Any, train: bool) -> Any:
+        value, metrics = loss(net, batch, train)
+        return value * 2, metrics
+
+    for options, repeats in ({}, True), ({"optimizer": optax.sgd(0.2)}, False), ({"loss": other}, False):
+        session = session_of(Normed())
+        session.train(loss, "net", DATA, optimizer=SGD, steps=3)
+        run = session.train(options.pop("loss", loss), "net", DATA, resume=True, steps=5, **options)
+        if repeats:
+            assert session.replay(run).agreement.identical
+        else:
+            with pytest.raises(FlaxMagicsError, match="what it began with was never kept"):
+                session.replay(run)
+
+
 def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")

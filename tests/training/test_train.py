@@ -101,7 +101,7 @@ class ByHand:
         )
         self.switch: dict[str, Any] = {"train": True} if loss is switched_loss else {}
         self.net, self.loss, self.optimizer, self.frozen = net, loss, optimizer, frozen
-        self.keys = keys_of(1)("params", "shuffle", *self.streams)
+        self.keys = keys_of(1)("params", "row order", *self.streams)
         self.losses: list[np.float32] = []
         self.metrics: list[Any] = []
         self._step = jax.jit(self.step)
@@ -130,7 +130,7 @@ class ByHand:
         return {**variables, **updates, "params": params}, opt_state, value, metrics
 
     def rows(self, size: int, batch: int, epoch: int) -> list[Any]:
-        order = jax.random.permutation(jax.random.fold_in(self.keys["shuffle"], epoch), size)
+        order = jax.random.permutation(jax.random.fold_in(self.keys["row order"], epoch), size)
         return [order[begin : begin + batch] for begin in range(0, size, batch)]
 
     def take(self, batch: Any) -> None:
@@ -182,6 +182,50 @@ def test_of_linen_it_is_the_loop_by_hand(case):
     assert bits(run.output) == bits(session.models["net"].variables)
 
 
+class Drawing(nn.Module):
+    """Draws from a stream that is called like what a training does, in evaluation too."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(x + jax.random.normal(self.make_rng("shuffle"), x.shape))
+
+
+def test_no_stream_of_a_model_has_the_key_of_the_rows():
+    run = session_of(Drawing()).train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, steps=1)
+    assert sorted(run.keys) == ["dropout", "params", "row order", "shuffle"]
+    assert bits(run.keys["shuffle"]) != bits(run.keys["row order"])
+
+
+def test_each_batch_of_a_look_has_a_key_of_its_own_and_each_look_the_same():
+    session = session_of(Drawing())
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.0), batch=8, epochs=2, eval=DATA)
+    variables, total = session.models["net"].variables, 0.0
+    key = keys_of(1)("eval shuffle")["eval shuffle"]
+    for number, begin in enumerate(range(0, 22, 8)):
+        batch = {name: values[begin : begin + 8] for name, values in DATA.items()}
+        rngs = {"shuffle": jax.random.fold_in(key, number)}
+        total += float(nn.apply(plain_loss, Drawing())(variables, batch, rngs=rngs)) * len(batch["y"])
+    assert [look.loss for look in run.eval] == [pytest.approx(total / 22, rel=1e-6)] * 2
+
+
+def test_a_key_among_the_arguments_is_the_same_in_every_step():
+    def with_key(net: Any, batch: Any, key: Any) -> Any:
+        return cross_entropy(net(batch["x"] + jax.random.normal(key, batch["x"].shape)), batch["y"])
+
+    session, key, other = session_of(Dense()), jax.random.key(5), jax.random.key(6)
+    for number, command in ((1, session.train), (2, session.grad)):
+        options = {"optimizer": optax.sgd(0.1), "steps": 2} if command == session.train else {}
+        expected = ["`key` goes into every step: each has the same numbers"] if options else []
+        again = [] if number == 1 else ["`key` went into draw 1 too: the same key gives the same numbers"]
+        run = command(with_key, "net", DATA, key, **options)
+        assert [note.text for note in run.notes] == [*expected, *again]
+    assert session.grad(with_key, "net", DATA, other).notes == ()
+    run = session.train(with_key, "net", DATA, other, steps=2)
+    assert [note.text for note in run.notes][1:] == ["`key` went into draw 3 too: the same key gives the same numbers"]
+    run = session.train(with_key, "net", DATA, other, steps=4, resume=True)
+    assert [note.text for note in run.notes] == ["`key` goes into every step: each has the same numbers"]
+
+
 def test_without_a_batch_all_rows_are_one_in_their_order():
     session, hand = session_of(Dense()), ByHand(Dense(), plain_loss, optax.sgd(0.1))
     run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4)
@@ -199,7 +243,7 @@ def test_the_run_says_what_it_was():
     assert (run.command, run.model, run.mode, run.call, run.switch) == (
         "train", "net", "train", "switched_loss(net, data)", "train=True",
     )  # fmt: skip
-    assert (run.seed, run.draw, sorted(run.keys)) == (0, 2, ["dropout", "params", "shuffle"])
+    assert (run.seed, run.draw, sorted(run.keys)) == (0, 2, ["dropout", "params", "row order"])
     assert run.weights == first.weights == "initialised in draw 1"
     assert dict(run.changed) == {"params": 3, "batch_stats": 3}
     assert run.losses.dtype == np.float32
@@ -326,7 +370,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_is_told_by_step_row_and_valu
     session = session_of(Dense())
     with pytest.raises(FlaxMagicsError) as error:
         session.train(plain_loss, "net", data, optimizer=optax.sgd(0.1), batch=8, epochs=1)
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(keys_of(1)("shuffle")["shuffle"], 0), 22))
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(keys_of(1)("row order")["row order"], 0), 22))
     step = int(np.flatnonzero(order == 7)[0]) // 8
     rows = ", ".join(map(str, order[8 * step : 8 * step + 4]))
     text = (
@@ -369,6 +413,36 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert run.draw == 1
 
 
+class Masked(nn.Module):
+    """A mask, as a variable and as a parameter."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        mask = self.variable("masks", "of_x", lambda: jnp.full(3, -jnp.inf).at[0].set(0.0))
+        other = self.param("other", lambda _: jnp.full(3, -jnp.inf).at[1].set(0.0))
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return jnp.where(jnp.isfinite(mask.value + other), x, x - 1)
+
+
+class MaskedNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(6, 3, rngs=rngs)
+        self.mask, self.cache = nnx.Variable(jnp.full(3, -jnp.inf)), nnx.Cache(jnp.full(3, -jnp.inf))
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.where(jnp.isfinite(self.mask[...]), 0.0, self.norm(self.first(x)))
+
+
+def test_what_no_step_updates_may_be_infinite_and_is_not_counted_as_updated():
+    session = session_of(Masked())
+    run = session.train(switched_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2, freeze="other")
+    assert (run.steps, dict(run.changed)) == (2, {"params": 2, "batch_stats": 2})
+    session = session_of(MaskedNnx(nnx.Rngs(0)))
+    run = session.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert (run.steps, dict(run.changed)) == (2, {"Param": 2, "BatchStat": 2})
+
+
 class OfNnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
@@ -392,7 +466,7 @@ def test_of_nnx_it_is_the_loop_with_nnx_optimizer(frozen):
     trained = nnx.All(nnx.Param, lambda path, _: not frozen or path[0] not in frozen)
     optimizer = nnx.Optimizer(twin, ADAMW, wrt=trained)
     (tag,) = {str(part.key.tag) for _, part in nnx.iter_graph(twin) if isinstance(part, nnx.RngStream)}
-    keys = keys_of(1)("shuffle", tag)
+    keys = keys_of(1)("row order", tag)
     twin.train()
 
     @nnx.jit
@@ -405,7 +479,7 @@ def test_of_nnx_it_is_the_loop_with_nnx_optimizer(frozen):
 
     numbers = []
     for epoch in range(2):
-        order = jax.random.permutation(jax.random.fold_in(keys["shuffle"], epoch), 22)
+        order = jax.random.permutation(jax.random.fold_in(keys["row order"], epoch), 22)
         for begin in range(0, 22, 8):
             nnx.reseed(twin, policy="match_shape", **{tag: jax.random.fold_in(keys[tag], len(numbers))})
             batch = {name: values[order[begin : begin + 8]] for name, values in DATA.items()}
@@ -528,6 +602,36 @@ def test_variables_of_a_frozen_dict_are_trained_as_dicts():
     ]
     assert bits(runs[0].losses) == bits(runs[1].losses)
     assert bits(runs[0].output) == bits(runs[1].output)
+
+
+def test_a_resumed_training_without_its_eval_data_says_that_it_no_longer_looks():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2, eval=DATA)
+    run = session.train(plain_loss, "net", DATA, steps=4, resume=True)
+    assert (len(run.eval), run.trained.task.eval) == (2, "")
+    text = "it no longer looks at `data`: the data of `--eval` have to be given again"
+    assert [note.text for note in run.notes if note.kind == "resume"] == [text]
+    run = session.train(plain_loss, "net", DATA, steps=6, resume=True)
+    assert [note.text for note in run.notes if note.kind == "resume"] == []
+
+
+def test_a_training_goes_on_with_its_batch_and_what_is_frozen_or_not_at_all():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, steps=2, freeze="Dense_0")
+    again = {"steps": 3, "resume": True}
+    for options, message in (
+        ({"batch": 4}, "a training goes on as it began: `--batch 8`, which need not be given again."),
+        ({"freeze": "*/bias"}, "a training goes on as it began: `--freeze Dense_0`, which need not be given again."),
+    ):
+        with pytest.raises(FlaxMagicsError) as error:
+            session.train(plain_loss, "net", DATA, **again, **options)
+        assert str(error.value) == message
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", [DATA], **again)
+    hint = "--resume goes on with arrays where --batch 8 had cut some"
+    assert str(error.value).splitlines()[0] == "`data` gives batches of its own: --batch cuts arrays."
+    assert (error.value.hint, error.value.write) == (hint, None)
+    assert session.train(plain_loss, "net", DATA, batch=8, freeze="Dense_0", **again).steps == 3
 
 
 def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
