@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 from msgspec.structs import replace
 
@@ -9,10 +11,11 @@ from ..base.digest import alike
 from ..base.text import clean, plural
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
-from ..run import ExportFacts, Run
+from ..run import ExportFacts, Note, Run
+from ..state.entry import ModelEntry
 from ..state.models import differences
 from ..state.runs import RunLog, of_draw
-from ..state.training import Optimizer, Training
+from ..state.training import Optimizer, Training, TrainOptions
 from ..state.trees import Differs, graft
 
 
@@ -47,6 +50,19 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
         shown = [clean(line) for line in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
         raise FlaxMagicsError(message, hint="\n".join(shown), write=line)
     return state
+
+
+def notes_of_resumed(training: Training, entry: ModelEntry, options: TrainOptions, *, exact: bool) -> Iterator[Note]:
+    """Notes on what is otherwise than it would be without the stop; `exact`: batches are a function of the step."""
+    if not exact:
+        text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
+        yield Note("resume", text)
+    looked_at, source = training.curve.task.eval, entry.source_now()
+    if looked_at and options.eval is None:
+        text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
+        yield Note("resume", text)
+    if source is not None and source.changed:
+        yield Note("resume", f"the weights of {entry.name} were changed by your code since: it goes on with these")
 
 
 def begun_as(run: Run, runs: RunLog | None) -> Run:

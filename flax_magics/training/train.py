@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing, devices_of
-from ..base.text import clean, join, plural
+from ..base.text import join, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -45,7 +45,7 @@ from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
-from .resumption import begun_as, fitted_state
+from .resumption import begun_as, fitted_state, notes_of_resumed
 from .step import Step, TrainState
 
 STILL = 50
@@ -266,6 +266,7 @@ class Trainer:
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
         found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
+<<<<<<< HEAD
         if self.resumed is not None and not self.data.exact:
             text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
             found.append(Note("resume", text))
@@ -277,6 +278,10 @@ class Trainer:
         if looked_at and self.options.eval is None:
             text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
             found.append(Note("resume", text))
+=======
+        if self.resumed is not None:
+            found += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
+>>>>>>> h-safe
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)
         elif entry.outdated:
