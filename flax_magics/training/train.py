@@ -266,22 +266,8 @@ class Trainer:
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
         found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
-<<<<<<< HEAD
-        if self.resumed is not None and not self.data.exact:
-            text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
-            found.append(Note("resume", text))
-        source = entry.source_now()
-        if self.resumed is not None and source is not None and source.changed:
-            text = f"the weights of {self.name} were changed by your code since: it goes on with these"
-            found.append(Note("resume", text))
-        looked_at = "" if self.resumed is None else self.resumed.curve.task.eval
-        if looked_at and self.options.eval is None:
-            text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
-            found.append(Note("resume", text))
-=======
         if self.resumed is not None:
             found += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
->>>>>>> h-safe
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)
         elif entry.outdated:
