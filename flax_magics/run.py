@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-import jax
 import msgspec
-import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from .base.agreement import Agreement
 from .base.curve import Curve, Evaluation
 from .base.digest import (
-    Agreement,
     Spread,
     Values,
     all_words,
     describe,
-    digest_of,
-    is_key,
+    is_gone,
     sample_of,
     spread_of,
     values_of,
 )
 from .base.measures import Cost, LayerGradient, Limits, Memory, Timing, environment
+from .base.output import OutputFacts
 from .base.types import HostArray, Leaf, PyTree
 from .errors import advice
 
@@ -128,53 +126,6 @@ class Released:
 
 
 RELEASED = Released()
-
-
-SMALL = 4096
-"""The most bytes of an output that is copied: some times as many as the facts that are computed of it."""
-
-
-def _small_copy(tree: PyTree) -> PyTree | None:
-    """The JAX arrays of a small pytree as NumPy arrays of their own; None where it is larger, or has other leaves."""
-    size = 0
-    for leaf in jax.tree_util.tree_leaves(tree):
-        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.is_fully_addressable:
-            return None
-        size += leaf.nbytes
-    return None if size > SMALL else jax.tree_util.tree_map(np.array, tree)
-
-
-class OutputFacts(Struct, eq=False):
-    """Facts about a run's output, each computed once; copies of a Run share them, and they outlive the output."""
-
-    digest: str | None = None
-    shape: str | None = None
-    spread: tuple[Spread, ...] | None = None
-    values: tuple[Values, ...] | None = None
-    copy: PyTree = RELEASED
-    """A small output, on the host, of which `digest` and `values` are computed when somebody reads them."""
-
-    def take(self, output: PyTree) -> None:
-        """Computes `digest` and `values` from `output` unless they are known. Call it before the output is released."""
-        self.digest = self.digest or digest_of(output)
-        if self.values is None:
-            self.values = values_of(output)
-
-    def put_off(self, output: PyTree) -> bool:
-        """Copies a small output, a fifth of the work of `take`, and says so; of any other takes the facts."""
-        copy = None if self.digest is not None else _small_copy(output)
-        if copy is None:
-            self.take(output)
-            return False
-        self.copy = copy
-        return True
-
-    def read(self) -> OutputFacts:
-        """The facts, with those that were put off."""
-        if self.copy is not RELEASED:
-            self.take(self.copy)
-            self.copy = RELEASED
-        return self
 
 
 class Face(Struct, frozen=True):
@@ -294,9 +245,14 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         return COMMANDS[self.command]
 
     @property
+    def _is_there(self) -> bool:
+        """Whether the output can be read: the session holds it, and nobody has donated or deleted it."""
+        return self.output is not RELEASED and not is_gone(self.output)
+
+    @property
     def digest(self) -> str | None:
         """`digest_of(output)`, computed at first access; None if the output was released before that."""
-        if self.output is not RELEASED:
+        if self._is_there:
             self._taken.take(self.output)
         return self._taken.read().digest
 
@@ -314,7 +270,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         """
         if self.samples is None:
             return ()
-        if self._taken.spread is None and self.output is not RELEASED:
+        if self._taken.spread is None and self._is_there:
             self._taken.spread = spread_of(self.output)
         return self._taken.spread or ()
 
@@ -326,7 +282,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         """
         if not self.kind.forward or self.kind.trains:
             return ()
-        if self._taken.values is None and self.output is not RELEASED:
+        if self._taken.values is None and self._is_there:
             self._taken.values = values_of(self.output)
         return self._taken.read().values or ()
 
@@ -493,7 +449,7 @@ def recorded(run: Run) -> dict[str, object]:
         "output": run.shape,
         "keys": all_words(run.keys),
         "digest": run.digest,
-        **(sample_of(run.output) if run.output is not RELEASED else {}),
+        **(sample_of(run.output) if run._is_there else {}),
         # A run from a file keeps the environment that it was made in.
         **(environment(run.device) if run.elsewhere is None else run.elsewhere),
     }

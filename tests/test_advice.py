@@ -488,6 +488,7 @@ SCENARIOS = [
     Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
     # -- trainings
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
+    Scenario("training.data.check_looks", f"{TRAIN} --steps 2 --eval iter([x]) loss(net, x)", (NET, SUM, OPTAX), ("[x]",)),
     Scenario("training.train.prepare", "%flax_train --resume --steps 2 loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --steps 4 loss(net, x);")),
     Scenario("training.train._finish", f"{TRAIN} --steps 9 loss(net, data)",

@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +123,21 @@ def test_rows_are_what_differs_from_the_row_before(session):
         assert row == json.loads(json.dumps(recorded(run)))
         assert row["digest"] == digest_of(run.output)
     assert (data["version"], data["further"]) == (1, None)
+
+
+def test_an_interrupt_while_rows_are_made_loses_none(session):
+    rows, run = Rows(), session.apply("net", notebook_x())
+    rows.add(run)
+
+    def interrupted(like: Any, keeps: bool) -> dict[str, object]:
+        signal.raise_signal(signal.SIGINT)
+        return {**like, "draw": like["draw"] + 1}
+
+    for _ in range(3):
+        rows.add_again(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rows.to_json()
+    assert [row["draw"] for row in rows.to_json()["runs"]] == list(range(run.draw, run.draw + 4))
 
 
 def test_beyond_the_rows_runs_are_counted_and_digested(session, monkeypatch):

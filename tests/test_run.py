@@ -23,7 +23,7 @@ from flax_magics.base.measures import Cost, Limits, Memory, Steady, Timing
 from flax_magics.export.cells import MATCHES
 from flax_magics.report.facts import REPORTED
 from flax_magics.report.html import report_html
-from flax_magics.run import COMMANDS, OutputFacts
+from flax_magics.run import COMMANDS
 from flax_magics.snapshot.document import RunRecord
 
 
@@ -102,27 +102,20 @@ def test_a_run_as_json_says_everything_but_the_arrays():
     assert data["versions"]["jax"] == jax.__version__
 
 
-@pytest.mark.parametrize(
-    ("output", "put_off"),
-    [
-        (jnp.ones((3, 4)), True),
-        ({"a": (jnp.array([jnp.nan, 1.0]), jnp.arange(3)), "b": jnp.bfloat16(-0.0)}, True),
-        ([jnp.complex64(1 + 2j), jnp.zeros((0, 2)), None], True),
-        (jnp.ones(1025), False),
-        ([jnp.ones(3), 2.5], False),
-        ([jax.random.key(0)], False),
-        ([np.ones(3)], False),
-    ],
-)
-def test_facts_that_are_read_late_are_those_of_the_output_at_the_end_of_the_cell(output, put_off):
-    facts, late = OutputFacts(), OutputFacts()
-    facts.take(output)
-    assert late.put_off(output) is put_off
-    assert (late.digest is None) is put_off
-    for leaf in jax.tree_util.tree_leaves(output):
-        leaf.delete() if put_off else None
-    assert late.read() is late
-    assert (late.digest, repr(late.values)) == (facts.digest, repr(facts.values))  # NaN is not NaN
+@pytest.mark.parametrize("read", [False, True])
+def test_of_a_run_whose_output_was_donated_is_known_what_was_read_before(read):
+    session = session_of(MyModel(3, True))
+    run = session.apply("net", notebook_x(), samples=2)
+    digest, known = digest_of(run.output), (run.digest, run.spread) if read else (None, ())
+    run.output.delete()
+    assert (run.digest, run.spread) == known
+    assert (run.shape, run.values[0].size) == ("float32[2,3,4,3]", 72)  # each run is looked through for NaN
+    data = run.to_json()
+    assert (data["digest"], data["output"], "bits" in data) == (run.digest, run.shape, False)
+    assert session.history()[0].run is run
+    against = ("digest", True) if read else ("", None)
+    replay = session.replay(1)
+    assert (replay.agreement.against, replay.agreement.identical, digest_of(replay.output)) == (*against, digest)
 
 
 def test_every_room_that_tells_commands_apart_knows_every_command():

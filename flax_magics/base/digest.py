@@ -1,7 +1,4 @@
-"""Facts about a pytree of arrays: a digest of every bit, its shapes in words, ranges of values, a small sample.
-
-And the comparison of two pytrees: whether every bit agrees, and if not, which leaves differ and by how much.
-"""
+"""Facts about a pytree of arrays: a digest of every bit, its shapes in words, ranges of values, a small sample."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ import numpy as np
 from msgspec import Struct
 
 from .types import HostArray, Leaf, PyTree
-from .ulp import largest_ulp
 
 
 def own(leaf: Leaf) -> Leaf:
@@ -47,6 +43,11 @@ def is_key(leaf: Leaf) -> bool:
     return not (dtype is None or isinstance(dtype, np.dtype)) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def is_gone(tree: object) -> bool:
+    """Whether an array of the tree was donated or deleted."""
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(tree))
+
+
 def on_host(leaf: Leaf) -> HostArray:
     """A leaf as a NumPy array; typed keys as their key data. Blocks until the device has computed it."""
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
@@ -62,7 +63,7 @@ def spelled(array: HostArray) -> str:
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
-def _has_bits(leaf: Leaf) -> bool:
+def has_bits(leaf: Leaf) -> bool:
     """Whether a leaf is an array or a Python number."""
     return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
@@ -81,12 +82,12 @@ def opened(tree: PyTree) -> PyTree:
 
 
 def _opened(leaf: Leaf) -> PyTree:
-    held = {} if _has_bits(leaf) or callable(leaf) else getattr(leaf, "__dict__", {})
+    held = {} if has_bits(leaf) or callable(leaf) else getattr(leaf, "__dict__", {})
     inside = {name: value for name, value in held.items() if not name.startswith("__")}
     return {type(leaf).__qualname__: jax.tree_util.tree_map(_opened, inside)} if inside else leaf
 
 
-def _spelled_value(leaf: Leaf) -> str:
+def spelled_value(leaf: Leaf) -> str:
     """The `repr` of a leaf that is no array, without an address."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))
 
@@ -142,7 +143,7 @@ def sample_of(tree: PyTree) -> dict[str, object]:
 def _is_number(leaf: Leaf) -> bool:
     dtype = getattr(leaf, "dtype", None)
     # Objects, bytes, text and dates are no numbers; typed keys have a dtype that is no np.dtype, and count.
-    return _has_bits(leaf) and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
+    return has_bits(leaf) and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
 @lru_cache(maxsize=64)
@@ -303,8 +304,8 @@ def digest_of(tree: PyTree) -> str:
     hasher = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(opened(tree))[0]:
         hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
-        if not _has_bits(leaf):
-            hasher.update(_spelled_value(leaf).encode() + b"\0")
+        if not has_bits(leaf):
+            hasher.update(spelled_value(leaf).encode() + b"\0")
             continue
         if is_key(leaf):
             hasher.update(str(leaf.dtype).encode())
@@ -368,99 +369,6 @@ def count_parameters(tree: Mapping[str, PyTree]) -> tuple[int, int]:
 
 def _arrays(tree: PyTree) -> Iterator[Leaf]:
     return (leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
-
-
-class Difference(Struct, frozen=True):
-    """One leaf in which two results differ.
-
-    Attributes:
-      path: its place in the result, as `jax.tree_util.keystr` writes it; empty where the result is one array.
-      elements, size: how many of its elements differ, and how many it has.
-      largest: the largest absolute difference of two elements, NaN if one of them is; None where they are no numbers.
-      ulp: the same in units in the last place (see `largest_ulp`); None for integers, and where an element is NaN.
-      text: the difference in words where it is none of numbers: another shape, dtype or value.
-    """
-
-    path: str
-    elements: int = 0
-    size: int = 0
-    largest: float | None = None
-    ulp: int | None = None
-    text: str = ""
-
-
-class Agreement(Struct, frozen=True):
-    """The result of comparing a replay with the original run.
-
-    Attributes:
-      identical: whether every bit agrees; None where nothing of the original was left to compare with.
-      against: what was compared: `output`, or `digest` where the output is gone, which tells no single differences.
-      differences: the leaves that differ; empty for `digest`.
-      said: circumstances of the replay as sentences: the model was edited since, its program was compiled anew.
-    """
-
-    identical: bool | None
-    against: str = ""
-    differences: tuple[Difference, ...] = ()
-    said: tuple[str, ...] = ()
-
-
-def with_output(was: PyTree, now: PyTree) -> Agreement:
-    """Compares two results leaf by leaf and bit by bit. Trees that are put together otherwise are not compared."""
-    old, old_tree = jax.tree_util.tree_flatten_with_path(opened(was))
-    new, new_tree = jax.tree_util.tree_flatten_with_path(opened(now))
-    if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
-        return Agreement(
-            False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
-        )
-    differences = [
-        difference
-        for (path, one), (_, other) in zip(old, new, strict=True)
-        if (difference := _difference(jax.tree_util.keystr(path), one, other)) is not None
-    ]
-    return Agreement(not differences, "output", tuple(differences))
-
-
-def with_digest(was: str, now: PyTree) -> Agreement:
-    """Compares a result with the digest of another whose arrays are gone."""
-    return Agreement(digest_of(now) == was, "digest")
-
-
-def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
-    """The difference of two leaves, None where every bit agrees."""
-    if was is now:
-        return None  # the very same array: nothing has to be read
-    if not (_has_bits(was) and _has_bits(now)):
-        before, after = _spelled_value(was), _spelled_value(now)
-        same = type(was) is type(now) and before == after
-        return None if same else Difference(path, text=f"{before} → {after}")
-    one, other = on_host(was), on_host(now)
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return Difference(path, text=f"{spelled(one)} → {spelled(other)}")
-    differ = _bits(one) != _bits(other)
-    if one.ndim < differ.ndim:  # complex: one entry for the real and one for the imaginary part
-        differ = differ.any(-1)
-    count = int(np.count_nonzero(differ))
-    if not count:
-        return None
-    if is_key(was) or one.dtype.kind not in "iufcV":  # V: bfloat16 and float8 on NumPy
-        return Difference(path, count, one.size)
-    wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    with np.errstate(all="ignore"):  # inf - inf and NaN would warn
-        apart = np.abs(one[differ].astype(wide) - other[differ].astype(wide))
-    # The largest is NaN if any is.
-    return Difference(path, count, one.size, float(apart.max()), largest_ulp(one[differ], other[differ]))
-
-
-def _bits(array: HostArray) -> HostArray:
-    """The elements viewed as integers of the same size; complex ones as two, on an added last axis.
-
-    Compared as floats, 0.0 would equal -0.0, and NaN nothing.
-    """
-    array = np.ascontiguousarray(array).reshape(array.shape)  # `ascontiguousarray` makes a scalar 1-dimensional
-    if array.dtype.kind == "c":
-        array = array.view(f"f{array.dtype.itemsize // 2}").reshape(*array.shape, 2)
-    return array.view(f"i{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
 
 
 def alike(one: object, other: object) -> bool:

@@ -56,7 +56,9 @@ class Building:
             state, change, build = self.register(state, name, module, anew=name in anew, cell=cell)
             changes.append(change)
             builds += [] if build is None else [build]
-            gone = change.variables in ("dropped", "own") and not isinstance(module, Construction)
+            # "none": a linen model has taken the place of a module that the session built.
+            gone = change.variables in ("dropped", "own") or (change.state, change.variables) == ("changed", "none")
+            gone = gone and not isinstance(module, Construction)
             if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
                 state = replace(state, opened=None)  # the open draw's `params` key made variables that are dropped now
         return state, changes, builds

@@ -19,6 +19,7 @@ import jax
 
 from ..base.digest import Floats, any_nan, floats_in, has_nan, own
 from ..base.measures import Timing
+from ..base.output import SMALL as COPIED
 from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
@@ -29,7 +30,6 @@ from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of
 from ..run import RELEASED, like
-from ..run import SMALL as COPIED
 from ..state.entry import ApplyRecipe, ModelEntry, Origin
 from ..state.runs import Inputs as InputLeaves
 from ..state.runs import RunLine, StoredRun
@@ -122,7 +122,8 @@ class LastRun:
 
         Nothing is noted here: a run that is interrupted, or dropped, is no run before the next.
         """
-        if entry.model is not self.registered or entry.outdated or entry.rebuild_next:
+        anew = entry.rebuild_next and entry.built is not None
+        if entry.model is not self.registered or entry.outdated or anew:
             return None
         if programs.unfinished.wait is not None:
             return None
@@ -193,11 +194,13 @@ class LastRun:
         leaves: InputLeaves | None = None
         # Only the run before is shared with, and only if it is of this line. What it had is compared, not what this plan
         # knows: another thread may have run the line in between.
-        if before is not None and before.origin is not None and before.origin.how is recipe:
-            if inputs.same and before.inputs is not None and all(map(is_, before.inputs[1], args)):
-                leaves = before.inputs
-            if not recipe.written and all(map(is_, before.origin.leaves, inputs.leaves)):
-                origin = before.origin
+        # Each is read once, since another thread may drop it.
+        earlier, passed = (None, None) if before is None else (before.origin, before.inputs)
+        if earlier is not None and earlier.how is recipe:
+            if inputs.same and passed is not None and all(map(is_, passed[1], args)):
+                leaves = passed
+            if not recipe.written and all(map(is_, earlier.leaves, inputs.leaves)):
+                origin = earlier
         # NumPy arrays are copied: the user may write into them.
         if origin is None:
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
@@ -351,7 +354,9 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         looked_at=looked_at,
         floats=floats,
         brief=run.timing.run < BRIEF,
-        line=RunLine(template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None),
+        line=RunLine(
+            template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None, run.shape
+        ),
         recipe=applied.recipe,
     )
 

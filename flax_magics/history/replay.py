@@ -15,8 +15,8 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.agreement import Agreement, with_digest, with_output
 from ..base.curve import Curve
-from ..base.digest import Agreement, with_digest, with_output
 from ..base.measures import Timing
 from ..base.text import bytes_
 from ..base.types import Leaf, PyTree

@@ -26,7 +26,7 @@ from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.digest import Difference
+    from ..base.agreement import Difference
 
 
 def history_html(history: History, table: Table | None = None) -> str:

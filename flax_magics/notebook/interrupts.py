@@ -53,7 +53,7 @@ class InterruptGuard:
         # `_signal` and not `signal`, whose enums cost 18 instead of 4 µs for each command.
         if _signal.getsignal(_signal.SIGINT) is not _signal.default_int_handler:
             return False
-        self._struck = None
+        self._struck, self._asking = None, False  # the last question of the command before may be open
         self._command += 1
         # First, since Python's own handler would leave this function halfway.
         _signal.signal(_signal.SIGINT, strike)

@@ -26,7 +26,6 @@ from .tracebacks import end_in_cell, stopped
 
 if TYPE_CHECKING:
     from .._session import Session
-    from ..base.curve import Curve
     from ..cells.reruns import Rerun
     from ..errors import FlaxMagicsError
     from ..execution.call import Call
@@ -74,7 +73,7 @@ class CommandInProgress:
         self._notebook, self._what, self._brief, self._quiet, self._guarded = notebook, what, brief, quiet, False
         self.session, self._live = notebook.session, notebook.reporter.live()
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
-        self._curve_before = None if brief else self._last_curve()
+        self._curve_before = None if brief else self.session.last_curve
         self._trains = not brief
 
     def __enter__(self) -> Live:
@@ -113,16 +112,13 @@ class CommandInProgress:
 
     def _show_finished_steps(self) -> int:
         """Shows what a training that failed has done, and says how many steps; clears the line of any other command."""
-        curve = self._last_curve() if self._trains else None
+        curve = self.session.last_curve if self._trains else None
         if curve is None or curve is self._curve_before:
             self._live.clear()
             return 0
         (run,) = self.session.last(1)
         self._notebook.reporter.report(run, self._live, quiet=self._quiet)
         return run.steps
-
-    def _last_curve(self) -> Curve | None:
-        return next((run.trained for run in self.session.last(1)), None)
 
 
 class Notebook:

@@ -108,7 +108,7 @@ class Reporter:
         """`_read_later` of a run that ran before. A small output, looked through already, is copied for that."""
         if self._later_runs < LATER_RUNS and self._later_bytes < LATER_BYTES:
             repeated = outcome.repeated
-            size = 0 if repeated is None else repeated.copy(outcome.output)
+            size = 0 if repeated is None else len(repeated.copy(outcome.output))
             if size:
                 self._later_runs, self._later_bytes = self._later_runs + 1, self._later_bytes + size
             else:
@@ -158,8 +158,7 @@ class Reporter:
             self._put_off(outcome)
         else:
             loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
-            repeated.copy(outcome.output)
-            self._rows.add_again(partial(repeated.recorded, outcome.draw))
+            self._rows.add_again(partial(repeated.recorded, repeated.copy(outcome.output)))
             self._refresh(loop, live)
         live.clear()
 

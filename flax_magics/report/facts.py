@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
-from ..base.digest import data_of, describe
+from ..base.digest import data_of, describe, is_gone
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
 from ..base.types import Leaf
 from ..rng.keys import SPLIT, StepDraw, short_key, stream_tag
@@ -235,10 +235,11 @@ def out_of(run: Run) -> tuple[str, ...]:
 
 
 def scalars_of(run: Run) -> tuple[str, ...]:
-    """`loss 2.31` and `accuracy 0.125`, of gradients whose output is still there."""
+    """`loss 2.31` and `accuracy 0.125`, of gradients, as far as these are still there."""
     output = run.output
     scalars = [("loss", getattr(output, "loss", None)), *(getattr(output, "metrics", None) or {}).items()]
-    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in scalars if value is not None)
+    there = [(name, value) for name, value in scalars if value is not None and not is_gone(value)]
+    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in there)
 
 
 def not_finite(run: Run) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.text import cell_len, clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
+from ..base.threads import uninterrupted
 from ..run import recorded
 from . import curve, facts
 from .facts import Level, Row
@@ -312,9 +313,10 @@ class Rows:
 
     def _make(self) -> None:
         """Makes the rows that are not made yet."""
-        waiting, self._waiting = self._waiting, []
-        for row in waiting:
-            self._add(row(self._last, len(self._rows) < ROWS))
+        with uninterrupted():  # or the rest would be lost; `ROWS` of them take a tenth of a second
+            waiting, self._waiting = self._waiting, []
+            for row in waiting:
+                self._add(row(self._last, len(self._rows) < ROWS))
 
     def _add(self, row: dict[str, object]) -> None:
         if len(self._rows) < ROWS:

@@ -22,11 +22,12 @@ from ..base import __version__
 from ..base.digest import Spread, Values, count_parameters, is_key, own
 from ..base.files import Damaged, convert, loads
 from ..base.measures import Cost, Limits, Memory, Timing
+from ..base.output import OutputFacts
 from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
-from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
+from ..run import RELEASED, CommandName, InitStats, Note, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State

@@ -8,6 +8,8 @@ runs, or when somebody asks.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
 
@@ -41,8 +43,10 @@ class ReplayBudget:
     def __init__(self, limit: int, current: Callable[[bool], Iterable[Leaf]]) -> None:
         self.limit = checked_limit(limit)
         self._current = current
-        self.noted: list[_Held] = []
-        """Runs whose arrays are not counted yet, oldest first: the commit of a run appends to it."""
+        self.noted: deque[_Held] = deque()
+        """Runs whose arrays are not counted yet, oldest first: the commit of a run appends to it, on any thread."""
+        self._counting = threading.RLock()
+        """Held while runs are counted or dropped."""
         self._rough = 0
         """The most bytes that the noted runs may hold."""
         self._known = 0
@@ -74,7 +78,7 @@ class ReplayBudget:
     def settle(self) -> None:
         """Counts, and drops the oldest runs if they hold too much: down to seven eighths of the limit."""
         # An interrupt halfway would leave sizes that do not belong to the held runs.
-        with uninterrupted():
+        with uninterrupted(), self._counting:
             self._take_in()
             anyway = {id(array) for array in self._current(self._pinned)}
             self._known = sum(self._sizes.values()) - sum(self._sizes.get(array, 0) for array in anyway)
@@ -83,7 +87,7 @@ class ReplayBudget:
 
     def drop(self, replaced: Replaced) -> None:
         """Drops variables that an init replaced, whatever the limit."""
-        with uninterrupted():
+        with uninterrupted(), self._counting:
             self._take_in()
             if replaced in self._held:
                 self._held.remove(replaced)
@@ -102,8 +106,10 @@ class ReplayBudget:
             self.look(after.size)
 
     def _take_in(self) -> None:
-        # A run may have been dropped before it was ever counted.
-        for held in self.noted:
+        self._rough = 0
+        while self.noted:
+            held = self.noted.popleft()
+            # It may have been dropped before it was ever counted.
             if held.origin is None or held.inputs is None:
                 continue
             how = held.origin.how
@@ -124,7 +130,6 @@ class ReplayBudget:
             self._held.append(held)
             self._sizes |= _sizes_in(held, self._sizes)
             self._pinned = self._pinned or bool(how.pinned)
-        self.noted, self._rough = [], 0
 
     def _let_go_of_oldest(self, anyway: set[int]) -> None:
         # Well below the limit at once: otherwise each further run would exceed it and count everything again.

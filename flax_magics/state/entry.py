@@ -11,7 +11,7 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import bytes_of, own
+from ..base.digest import bytes_of, is_gone, own
 from ..base.types import Leaf, PyTree
 from ..code.contents import static_data
 from ..compile.cache import Program
@@ -21,7 +21,7 @@ from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, N
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction, adopt_built
 from .training import Optimizer, Training, TrainOptions
-from .weights import COPIES, Collections, WeightSource, Written, check_alive, check_collections, check_state, is_gone
+from .weights import COPIES, Collections, WeightSource, Written, check_alive, check_collections, check_state
 
 
 class AnyEntry(Struct, frozen=True):
@@ -224,7 +224,7 @@ class NnxEntry(AnyEntry, frozen=True):
 
     def still(self, before: ModelEntry) -> bool:
         """Whether it is the module that `before` was, as far as that can be told: no replay keeps the module itself."""
-        return before.fingerprint is None or self.computes(before.fingerprint)
+        return isinstance(before, NnxEntry) and (before.fingerprint is None or self.computes(before.fingerprint))
 
     def read_given(self, values: PyTree, written: Written) -> dict[str, dict[str, Leaf]]:
         """Variables that are given for one run, completed by those that are held; see `read_state`."""

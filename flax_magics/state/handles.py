@@ -28,6 +28,7 @@ from .models import register
 from .runs import Runs, calls_by_cell, length, newest
 
 if TYPE_CHECKING:
+    from ..base.curve import Curve
     from ..compile.cache import ProgramSpec
     from .state import SavedModel, State
 
@@ -236,6 +237,11 @@ class SessionView:
         return newest(self._state.runs, n)
 
     @property
+    def last_curve(self) -> Curve | None:
+        """The numbers of the last run, if that was a training."""
+        return None if self._state.runs is None else self._state.runs.kept.facts.trained
+
+    @property
     def cells(self) -> dict[int, tuple[str, ...]]:
         """Cell number → the calls of its runs as they were written, for cells of this kernel."""
         return calls_by_cell(self._state.runs)
@@ -307,7 +313,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     if change.state == "unchanged":
         return entry, ()
     became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
-    became = " with what it holds" if old is None else became
+    became = " with what it holds" if old is None and entry.ready else became
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
 

@@ -7,6 +7,7 @@ oldest first.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,12 +20,13 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import all_words, describe, digest_of, own, sample_of
+from ..base.digest import all_words, describe, digest_of, is_gone, own, sample_of
 from ..base.measures import Memory, Timing
+from ..base.output import OutputFacts
 from ..base.types import Leaf, PyTree
 from ..models.base import CallTrace
-from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import COMMANDS, RELEASED, Cause, Note, OutputFacts, Run
+from ..rng.keys import Draw, RunKeys
+from ..run import COMMANDS, RELEASED, Cause, Note, Run
 from .entry import Origin
 from .weights import WeightSource
 
@@ -32,6 +34,10 @@ Inputs: TypeAlias = tuple[jax.tree_util.PyTreeDef, list[Leaf]]
 """A run's positional and keyword arguments as a pytree: treedef and leaves."""
 _Weak: TypeAlias = tuple[jax.tree_util.PyTreeDef | None, list[Callable[[], Leaf]]]
 """A pytree held weakly: its treedef (None: it is one array), and for each leaf a function that returns it or None."""
+
+
+_making = threading.RLock()
+"""Held while a Run or its facts are made, since other threads, such as one that saves, may ask for them too."""
 
 
 class StoredRun:
@@ -89,23 +95,25 @@ class StoredRun:
         """`Run.notes`."""
         return self.facts.notes
 
-    def copy(self, output: PyTree) -> int:
+    def copy(self, output: PyTree) -> bytes:
         """Only of a `RepeatedRun` the output can be copied."""
-        return 0
+        return b""
 
     def run(self) -> Run:
         """The run. A field of which an array is gone is `RELEASED` as a whole."""
-        run = self._run()
-        if run is not None:
+        with _making:
+            run = self._run()
+            if run is None:
+                sown = RELEASED if self._sown is None else _held(self._sown)
+                sown = {} if sown is RELEASED else sown
+                run = replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
+                self._run = weakref.ref(run)
             return run
-        sown = RELEASED if self._sown is None else _held(self._sown)
-        sown = {} if sown is RELEASED else sown
-        return replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
 
     def output(self) -> PyTree:
         """What the run returned, `RELEASED` once an array of it is gone."""
         run = self._run()
-        return _held(self._output) if run is None else run.output
+        return _held(self._output) if run is None else RELEASED if is_gone(run.output) else run.output
 
     def _inputs(self) -> PyTree:
         if self.inputs is not None:
@@ -146,6 +154,8 @@ class RunLine(NamedTuple):
     key_names: Mapping[str, tuple[str, bool]]
     small: tuple[np.dtype[Any], tuple[int, ...]] | None
     """dtype and shape of the output, where it is one small array that each run looks through for NaN; else None."""
+    shape: str
+    """`Run.shape`."""
 
 
 class RepeatedRun(StoredRun):
@@ -173,10 +183,9 @@ class RepeatedRun(StoredRun):
         sown: Mapping[str, PyTree],
         drawn: tuple[Draw, float, int | None, WeightSource | None],
     ) -> None:
-        draw, started, cell, source = drawn
         self._line = line
-        # Without what a Draw has worked out, which is worked out again.
-        self._drawn = draw.seed, draw.number, draw.root, draw.impl, started, cell, source
+        # The Draw itself: under other settings of JAX it would work out other keys than the run had.
+        self._drawn = drawn
         self._facts, self._shapes, self._weak = None, None, None
         self._copy: bytes | None = None
         self._run = _gone
@@ -198,73 +207,81 @@ class RepeatedRun(StoredRun):
     @property
     def facts(self) -> Run:
         """The Run without its arrays."""
-        if self._facts is None:
-            seed, number, root, impl, started, cell, source = self._drawn
-            seconds, wait = self.times
-            facts = OutputFacts()
-            if self._copy is not None and self._line.small is not None:
-                dtype, shape = self._line.small
-                facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
-            self._facts = replace(
-                self._line.template,
-                seed=seed,
-                draw=number,
-                keys=RunKeys(Draw(seed, number, root, impl), self._line.key_names),
-                started=started,
-                cell=cell,
-                weights="" if source is None else source.describe(seed),
-                timing=Timing(run=seconds, wait=wait),
-                _taken=facts,
-                changed=self.changed,
-                memory=self.memory,
-            )
-        return self._facts
+        with _making:
+            if self._facts is None:
+                self._facts = self._made_facts()
+            return self._facts
+
+    def _made_facts(self) -> Run:
+        draw, started, cell, source = self._drawn
+        seconds, wait = self.times
+        facts = OutputFacts(shape=self._line.shape)
+        if self._copy is not None and self._line.small is not None:
+            dtype, shape = self._line.small
+            facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
+            self._copy = None  # which goes once the facts are read
+        return replace(
+            self._line.template,
+            seed=draw.seed,
+            draw=draw.number,
+            keys=RunKeys(draw, self._line.key_names),
+            started=started,
+            cell=cell,
+            weights="" if source is None else source.describe(draw.seed),
+            timing=Timing(run=seconds, wait=wait),
+            _taken=facts,
+            changed=self.changed,
+            memory=self.memory,
+        )
 
     @property
     def draw(self) -> int:
         """`Run.draw`."""
-        return self._drawn[1]
+        return self._drawn[0].number
 
     def is_like(self, other: RepeatedRun) -> bool:
         """Whether it differs from the other in draw, time, inputs and output alone, and the output is small."""
-        (seed, *_, cell, source), (other_seed, *_, other_cell, other_source) = self._drawn, other._drawn
-        same = self._line is other._line and source is other_source and (seed, cell) == (other_seed, other_cell)
+        (draw, _, cell, source), (other_draw, _, other_cell, other_source) = self._drawn, other._drawn
+        same = self._line is other._line and source is other_source
+        same = same and (draw.seed, cell) == (other_draw.seed, other_cell)
         return same and self._line.small is not None
 
-    def recorded(self, draw: Draw | DrawBatch, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
-        """`run.recorded` of this run, after `copy`.
+    def recorded(self, copy: bytes, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
+        """`run.recorded` of this run.
 
         Args:
-          draw: the one that it took.
+          copy: of its output, as `copy` gave it.
           like: what `recorded` gave for a run that it `is_like`.
           keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
         """
         assert self._line.small is not None
-        assert self._copy is not None
-        output = np.frombuffer(self._copy, self._line.small[0]).reshape(self._line.small[1])
-        keys = all_words(RunKeys(draw, self._line.key_names))
-        news = {"draw": self.draw, "started": self._drawn[4], "keys": keys, "digest": digest_of(output)}
+        output = np.frombuffer(copy, self._line.small[0]).reshape(self._line.small[1])
+        keys = all_words(RunKeys(self._drawn[0], self._line.key_names))
+        news = {"draw": self.draw, "started": self._drawn[1], "keys": keys, "digest": digest_of(output)}
         if not keeps:
             self.facts._taken.read()
-            self._copy = None
         return {**like, **news, **sample_of(output)}
 
     def run_of(self, output: PyTree, inputs: PyTree, sown: Mapping[str, PyTree]) -> Run:
         """The Run with its arrays, which the session returns too for as long as somebody holds it."""
-        run = self._run()
-        if run is None:
-            run = replace(self.facts, output=output, inputs=inputs, sown=sown)
-            self._run = weakref.ref(run)
-        return run
+        with _making:
+            run = self._run()
+            if run is None:
+                run = replace(self.facts, output=output, inputs=inputs, sown=sown)
+                self._run = weakref.ref(run)
+            return run
 
-    def copy(self, output: PyTree) -> int:
-        """Copies a small output, of which the digest is taken when somebody asks. Returns its bytes, 0 for any other."""
+    def copy(self, output: PyTree) -> bytes:
+        """Copies a small output, of which the digest is taken when somebody asks. Returns the copy, empty for any other."""
         if self._line.small is None:
-            return 0
-        self._copy = copy = np.frombuffer(output, self._line.small[0]).tobytes()
-        if self._facts is not None:  # somebody has read them already, such as another thread that saves
-            self._facts._taken.put_off(output)
-        return len(copy)
+            return b""
+        copy = np.frombuffer(output, self._line.small[0]).tobytes()
+        with _making:
+            if self._facts is None:
+                self._copy = copy
+            else:  # somebody has read them already, such as another thread that saves
+                self._facts._taken.put_off(output)
+        return copy
 
 
 _UNCHANGED: dict[str, int] = {}
@@ -290,10 +307,10 @@ def _weakly(tree: PyTree) -> _Weak:
 
 
 def _held(weak: _Weak) -> PyTree:
-    """The pytree, `RELEASED` if one of its arrays is gone."""
+    """The pytree, `RELEASED` if one of its arrays is gone, donated or deleted."""
     treedef, references = weak
     leaves = [reference() for reference in references]
-    if any(leaf is None for leaf in leaves):
+    if any(leaf is None for leaf in leaves) or is_gone(leaves):
         return RELEASED
     return leaves[0] if treedef is None else jax.tree_util.tree_unflatten(treedef, leaves)
 
@@ -386,6 +403,12 @@ class Runs(Sequence[Run]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.pretty(list(self))
+
+    def __reduce__(self) -> tuple[type, tuple[list[Run]]]:
+        return list, (list(self),)  # copies and pickles hold the Runs, not what makes them
 
 
 def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from flax.core import meta
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import kind_of, quick_digest
+from ..base.digest import is_gone, kind_of, quick_digest
 from ..base.types import Leaf, PyTree
 from ..errors import FlaxMagicsError, nearest, written
 from ..rng.keys import Draw
@@ -311,11 +311,6 @@ def _describe(leaf: Leaf) -> str:
     if isinstance(leaf, (np.ndarray, np.generic)):
         dtype = jax.dtypes.canonicalize_dtype(dtype) if dtype.kind in "biufc" else dtype
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def is_gone(tree: object) -> bool:
-    """Whether an array of the tree was donated or deleted."""
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(tree))
 
 
 def check_alive(what: str, variables: object, line: str | None = None, *, hint: str = COPIES) -> None:

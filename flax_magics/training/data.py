@@ -292,6 +292,14 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
             )
 
 
+def check_looks(text: str, data: object, line: str) -> None:
+    """`check` of the `--eval` data, which have to be there for each look."""
+    check(text, data, None, line)
+    if isinstance(data, Iterator):
+        message = f"`{text}` can be gone through only once, and it is looked at several times."
+        raise FlaxMagicsError(message, form=f"{plain_name(text, 'looks')} = list(…)")
+
+
 def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, int]]:
     """The batches of data and their examples, in order: of arrays `batch` rows each, or all at once."""
     if is_arrays(data):

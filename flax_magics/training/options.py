@@ -40,8 +40,11 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
     """The options with what an earlier training of the net had, where they leave it out.
 
     Raises:
-      FlaxMagicsError: they do not say how long or by which optimizer, or contradict each other.
+      FlaxMagicsError: they do not say how long or by which optimizer, contradict each other, or are no numbers.
     """
+    for option, number in (("--batch", options.batch), ("--epochs", options.epochs), ("--steps", options.steps)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise FlaxMagicsError(f"{option} takes a number, 1 or more, not {number!r}.")
     if options.epochs is not None and options.steps is not None:
         message = "--epochs and --steps both say how long the training is. Leave one of them out."
         raise FlaxMagicsError(message, **written(without_option(line, "--epochs", "[0-9]+")))

@@ -47,7 +47,8 @@ def beginning_of(
     """
     data = call.args[0] if call.args else None
     # An iterator is gone through once; a module that is built anew has its first variables only then.
-    if entry.rebuild_next or (hasattr(data, "__next__") and not hasattr(data, "__len__")):
+    anew = entry.rebuild_next and entry.built is not None
+    if anew or (hasattr(data, "__next__") and not hasattr(data, "__len__")):
         return None
     held, opened = entry.held, state.opened
     taken = opened is not None and opened[0] == entry.name and entry.ready

@@ -26,7 +26,6 @@ from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
-from ..line.call import plain_name
 from ..models.base import MissingVariables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
@@ -103,16 +102,10 @@ def train_model(
     if not call.args:
         message = f"`{call.text}` gives no data: they come right after the net."
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
-    for option, number in (("--batch", options.batch), ("--epochs", options.epochs), ("--steps", options.steps)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise FlaxMagicsError(f"{option} takes a number, 1 or more, not {number!r}.")
     text = data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
     if options.eval is not None:
-        training_data.check(options.eval_text, options.eval, None, line)
-        if isinstance(options.eval, Iterator):
-            message = f"`{options.eval_text}` can be gone through only once, and it is looked at several times."
-            raise FlaxMagicsError(message, form=f"{plain_name(options.eval_text, 'looks')} = list(…)")
+        training_data.check_looks(options.eval_text, options.eval, line)
     data: Data
     if training_data.is_arrays(call.args[0]):
         data = ArrayData(text, call.args[0], options.batch)

@@ -175,6 +175,17 @@ def test_a_variable_that_the_user_writes_is_looked_at(ways):
     assert ways[-1]
 
 
+def test_a_fresh_start_builds_no_module_that_the_user_built(ways):
+    net = Own(4, rngs=nnx.Rngs(0))
+    session = session_of(net)
+    x = jax.random.normal(jax.random.key(1), (6, 4))
+    session.apply("net", x)
+    session.restart(3, fresh=True)
+    runs = [session.apply("net", x) for _ in range(2)]
+    assert ways == [True, True]
+    assert [(run.seed, run.draw, run.changed) for run in runs] == [(3, 1, {"BatchStat": 1}), (3, 2, {"BatchStat": 2})]
+
+
 # -- op by op: of the same plan as a compiled run
 
 X = jnp.ones((2, 4))

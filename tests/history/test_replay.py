@@ -15,11 +15,12 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linen_kinds import Sampler
+from msgspec.structs import replace
 from nnx_kinds import Own
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.base.digest import Agreement, Difference
+from flax_magics.base.agreement import Agreement, Difference
 from flax_magics.models.construction import Construction
 from flax_magics.models.nnx_graph import raw
 
@@ -87,6 +88,13 @@ def test_it_does_after_an_edit_and_after_another_seed_too_and_says_that_the_code
     edited = Agreement(True, "output", said=("b was edited since: this is its code as it was then",))
     assert [session.replay((0, run.draw)).agreement for run in runs] == [edited] * 3
     assert session.replay(1).agreement.said == ()
+
+
+def test_a_module_in_the_place_of_a_model_that_could_not_be_told_from_others_is_not_that_model(session):
+    before = session_of(MyModel(3, True))._state.models["net"]
+    session.register("net", Own(4, rngs=nnx.Rngs(0)))
+    entry = session._state.models["net"]
+    assert [entry.still(replace(one, fingerprint=None)) for one in (before, entry)] == [False, True]
 
 
 @pytest.mark.parametrize("module", [Normed(), Own(4, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])

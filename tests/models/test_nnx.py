@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,6 +15,7 @@ from nnx_kinds import an_input, runs_as_by_hand
 
 from flax_magics import FlaxMagicsError
 from flax_magics.models.construction import Construction
+from flax_magics.state.handles import entry_now
 
 
 class Net(nnx.Module):
@@ -224,6 +226,22 @@ def test_an_unchanged_recipe_keeps_model_and_programs_and_an_edit_keeps_what_fit
     assert change.variables == "own"
     assert change.changes == ("last/bias [3]→[2]", "last/kernel [8,3]→[8,2]")
     assert session.runs[-1].command == "init"
+
+
+def test_a_linen_model_in_its_place_does_not_go_on_with_the_draw_that_built_it(session):
+    session.register_all({"net": recipe(8, 3)})
+    assert session._state.opened is not None
+    session.register("net", nn.Dense(3))
+    assert session._state.opened is None
+
+
+def test_another_module_under_its_name_is_said_to_hold_something_if_it_does(session):
+    session.register("net", Net(8, 3, nnx.Rngs(0)))
+    models = session._state.models
+    (linen,) = entry_now(models, "net", nn.Dense(3))[1]
+    (nnx_note,) = entry_now(models, "net", nnx.Linear(4, 4, rngs=nnx.Rngs(0)))[1]
+    assert linen.text.endswith("net is another module now, Dense(features=3): registered")
+    assert nnx_note.text.endswith(": registered with what it holds")
 
 
 def test_a_replay_changes_nothing_on_the_object(session):

@@ -266,7 +266,7 @@ FIRST = [
     ("%flax_apply --keys-of ", ["last", "first", "2", "1"]),
     ("%flax_init --keys-of=f", ["first"]),
     ("y = %flax_apply --train --keys-of 2", ["2"]),
-    ("%flax_replay ", ["last", "first", "2", "1", "--out", "--quiet", "--help"]),
+    ("%flax_replay ", ["last", "first", "2", "1", "--step", "--out", "--quiet", "--help"]),
     ("%flax_replay fi", ["first"]),
     ("%flax_apply --key ", ["z_rng", "image", "mask", "train", "x"]),
     ("%flax_apply --key z", ["z_rng"]),

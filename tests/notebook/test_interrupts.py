@@ -212,6 +212,22 @@ def test_one_that_the_block_sets_stays_too():
     assert signal.signal(signal.SIGINT, signal.default_int_handler) is mine
 
 
+def test_a_question_that_another_handler_got_swallows_no_interrupt_of_the_next_command():
+    guard, asked = InterruptGuard(), []
+    guard.begin()
+    with contextlib.suppress(KeyboardInterrupt):
+        press()
+    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    while not asked:
+        time.sleep(0.001)
+    guard.end(None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    guard.begin()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        press()
+    guard.end(raised.value)
+
+
 def test_another_thread_changes_nothing():
     found = []
 

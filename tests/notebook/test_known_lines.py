@@ -165,13 +165,13 @@ def test_a_long_loop_leaves_nothing_but_its_history(known):
     assert len(jax.live_arrays()) == arrays
     of_history = {"RepeatedRun", "RunLog", "Place", "PyTreeDef", "ReferenceType", "Origin"}
     assert {name for name, n in grown.items() if n > 100} <= {*of_history, "list", "dict", "tuple"}
-    assert sum(grown.values()) < 500 * 12
+    assert sum(grown.values()) < 500 * 14
 
 
 def test_what_nobody_asked_for_is_there_when_somebody_asks(known):
     known("ys = []\nfor i in range(4):\n  y = %flax_apply --train -q my_model(x)\n  ys.append(y)")
     last = known.session.runs[-1]
-    assert known.session.runs[-1] is not last  # nobody held the Run of this one: it is made whenever it is asked for
+    assert known.session.runs[-1] is last
     assert (last.draw, last.program, last.output is known["ys"][-1], last.inputs[0][0] is known["x"]) == (
         4, "reused", True, True,
     )  # fmt: skip

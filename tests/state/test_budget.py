@@ -249,3 +249,15 @@ def test_what_reaches_far_does_not_take_long_to_look_at():
     for _ in range(3):
         far = [far, *range(100_000)]
     assert len(arrays_in([megabyte(), far])) <= 1
+
+
+def test_a_run_that_is_committed_while_others_are_counted_is_counted_next():
+    session = session_of(Mean(), replay_bytes=10 * MB)
+    append = session._keeping.noted.append  # a commit on another thread may hold it
+    session.apply("net", megabyte(1))
+    assert session.kept_bytes == MB
+    session.apply("net", megabyte(2))
+    noted = session._keeping.noted.pop()
+    assert session.kept_bytes == MB
+    append(noted)
+    assert session.kept_bytes == 2 * MB

@@ -103,6 +103,13 @@ def test_a_resumed_training_is_repeated_from_its_beginning_and_an_iterable_is_to
     assert bits(np.float32(step.output.loss)) == bits(run.losses[4])
 
 
+def test_the_beginning_of_a_training_is_kept_of_a_module_that_no_fresh_start_builds_anew():
+    session, function = module()
+    session.restart(3, fresh=True)
+    session.train(function, "net", DATA, optimizer=SGD, batch=8, steps=2)
+    assert session.replay(1).agreement.identical is True
+
+
 def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
     def other(net: Any, batch: Any, train: bool) -> Any:
         value, metrics = loss(net, batch, train)
