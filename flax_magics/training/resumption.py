@@ -19,13 +19,13 @@ from ..state.training import Optimizer, Training, TrainOptions
 from ..state.trees import Differs, graft
 
 
-def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, call: str) -> PyTree:
+def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, line: str) -> PyTree:
     """The state of a training's optimizer in the classes of `optimizer`, which has to be one like it.
 
     Args:
       parameters: those that are trained, as the optimizer is given them.
       last: the one that the training had so far.
-      call: the loss's, as it is written.
+      line: the whole line as it is written.
 
     Raises:
       FlaxMagicsError: the optimizer makes another state of the parameters.
@@ -46,9 +46,9 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
             f"the optimizer's state after {plural(training.step, 'step')} does not fit {clean(optimizer.text)}:"
             " a training goes on with the optimizer that it began with."
         )
-        line = f"%flax_train --resume --optimizer {clean(last.text)} {call}"
-        shown = [clean(line) for line in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
-        raise FlaxMagicsError(message, hint="\n".join(shown), write=line)
+        shown = [clean(change) for change in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
+        write = line.replace(optimizer.text, clean(last.text), 1)
+        raise FlaxMagicsError(message, hint="\n".join(shown), write=write)
     return state
 
 

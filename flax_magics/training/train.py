@@ -194,7 +194,10 @@ class Trainer:
             opt_state = optimizer.transformation.init(trained)
         else:
             last = self.ready.entry.optimizer or optimizer
-            opt_state = fitted_state(self.resumed, optimizer, trained, last, self.call.text)
+            command = self.call.command
+            if optimizer.text not in command:  # it was not written in a line
+                command = f"%flax_train --resume --optimizer {optimizer.text}"
+            opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
         if per_epoch is None and self.resumed is not None:

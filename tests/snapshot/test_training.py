@@ -161,15 +161,16 @@ def test_another_optimizer_is_refused_with_what_its_state_has_otherwise(path, ot
     session.save(path)
     session.load(path)
     optimizer = Optimizer(other, eval(other, {"optax": optax}))
+    line = f"%flax_train --resume --steps 9 --optimizer {other} loss(net, train)"
     with pytest.raises(FlaxMagicsError) as raised:
-        fitted_state(of(session), optimizer, parameters, ADAMW, "loss(net, train)")
+        fitted_state(of(session), optimizer, parameters, ADAMW, line)
     message, *lines = str(raised.value).splitlines()
     assert message == (
         f"the optimizer's state after 3 steps does not fit {other}: a training goes on with the optimizer that it"
         " began with."
     )
     assert [line.strip() for line in lines[: len(changes)]] == changes
-    assert lines[-1] == f"  write: %flax_train --resume --optimizer {TEXT} loss(net, train)"
+    assert lines[-1] == f"  write: %flax_train --resume --steps 9 --optimizer {TEXT} loss(net, train)"
 
 
 def test_other_weights_leave_nothing_to_go_on_with(path):
