@@ -25,7 +25,7 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
     Args:
       parameters: those that are trained, as the optimizer is given them.
       last: the one that the training had so far.
-      call: the loss's, as it is written.
+      call: the rest of the line: how long, and the loss's call as it is written.
 
     Raises:
       FlaxMagicsError: the optimizer makes another state of the parameters.

@@ -194,7 +194,8 @@ class Trainer:
             opt_state = optimizer.transformation.init(trained)
         else:
             last = self.ready.entry.optimizer or optimizer
-            opt_state = fitted_state(self.resumed, optimizer, trained, last, self.call.text)
+            total = f"--epochs {options.epochs}" if options.steps is None else f"--steps {options.steps}"
+            opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{total} {self.call.text}")
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
         if per_epoch is None and self.resumed is not None:
