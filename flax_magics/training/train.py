@@ -204,7 +204,7 @@ class Trainer:
             per_epoch = self.resumed.curve.epoch
         schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
         finished = 0 if self.resumed is None else self.resumed.step
-        if finished and schedule.total is not None and schedule.total <= finished:
+        if finished and schedule.total is not None and schedule.total < finished:
             message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
             longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
             raise FlaxMagicsError(message, **written(longer))
