@@ -369,8 +369,8 @@ class Session(SessionView, LossMethods):
         models, services = self._state.models, self.services
         retrain = partial(Again, models=models, services=services)
         replaying = Replaying(models, services, self.replay_bytes, retrain)
-        found = table.find(self._state, draw)
-        return replaying.replay_all(found) if step is None else [replaying.replay_step(found[-1], step)]
+        stored = table.find(self._state, draw)
+        return replaying.replay_all(stored) if step is None else [replaying.replay_step(stored[-1], step)]
 
     def run_summary(
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: object = None

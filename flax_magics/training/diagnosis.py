@@ -80,7 +80,7 @@ def why_of_step(
     step: Step,
     request: TraceRequest,
     opt_state: PyTree,
-    given: tuple[Mapping[str, Words], Kwargs, HostArray | None],
+    inputs: tuple[Mapping[str, Words], Kwargs, HostArray | None],
     loss: Leaf,
 ) -> str:
     """Why a step of a training is not finite.
@@ -88,35 +88,25 @@ def why_of_step(
     Args:
       request: of the step's loss, with the variables before the step.
       opt_state: before the step.
-      given: key data of the step, its arguments by name, and the rows of the data that its batch consists of.
+      inputs: key data of the step, its arguments by name, and the rows of the data that its batch consists of.
       loss: that the step gave.
     """
     try:
-        return _why_of_step(step, request, opt_state, given, loss)
+        keys, named, rows = inputs
+        arguments = step.arguments
+        leaves = tuple(named.get(name, leaf) for name, leaf in zip(arguments.names, arguments.leaves, strict=True))
+        request = replace(request, model=step.loss.as_model(), arguments=replace(arguments, leaves=leaves))
+        evaluated = Evaluated(request, keys, {} if rows is None else dict.fromkeys(step.batched, rows))
+        gradients = evaluated.gradients
+        if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
+            return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
+        params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
+        changed = params if step.takes_loss else step.updated(params, grads, opt_state)[0]
+        paths = jax.tree_util.tree_flatten_with_path(changed)[0]
+        bad = next((_steps_of(path) for path, leaf in paths if is_bad(leaf)), "a parameter")
+        return f"the loss and its gradients are finite, and the optimizer makes {bad} infinite"
     except Exception:  # as in `_evaluated`; the finished steps must not be lost for want of a reason
         return f"the loss is {_number(np.asarray(loss))}" if is_bad(loss) else "its gradients or variables are not"
-
-
-def _why_of_step(
-    step: Step,
-    request: TraceRequest,
-    opt_state: PyTree,
-    given: tuple[Mapping[str, Words], Kwargs, HostArray | None],
-    loss: Leaf,
-) -> str:
-    keys, named, rows = given
-    arguments = step.arguments
-    leaves = tuple(named.get(name, leaf) for name, leaf in zip(arguments.names, arguments.leaves, strict=True))
-    request = replace(request, model=step.loss.as_model(), arguments=replace(arguments, leaves=leaves))
-    evaluated = Evaluated(request, keys, {} if rows is None else dict.fromkeys(step.batched, rows))
-    gradients = evaluated.gradients
-    if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
-        return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
-    params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
-    changed = params if step.takes_loss else step.updated(params, grads, opt_state)[0]
-    paths = jax.tree_util.tree_flatten_with_path(changed)[0]
-    bad = next((_steps_of(path) for path, leaf in paths if is_bad(leaf)), "a parameter")
-    return f"the loss and its gradients are finite, and the optimizer makes {bad} infinite"
 
 
 def _steps_of(path: Sequence[object]) -> str:
@@ -240,9 +230,9 @@ class Evaluated:
         for level, equation in self.top.equations():
             if equation.primitive.name != "max" or not any(_is_zero(atom) for atom in equation.invars):
                 continue
-            given = [atom for atom in equation.invars if not hasattr(atom, "val")]
-            if all(bool((np.asarray(level.read(atom)) <= 0).all()) for atom in given):
-                modules |= self._nearest(paths, [(level, atom) for atom in given])
+            inputs = [atom for atom in equation.invars if not hasattr(atom, "val")]
+            if all(bool((np.asarray(level.read(atom)) <= 0).all()) for atom in inputs):
+                modules |= self._nearest(paths, [(level, atom) for atom in inputs])
         return modules
 
     def _nearest(self, paths: frozenset[Path], places: list[tuple[Level, Atom]]) -> set[Path]:

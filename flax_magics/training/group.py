@@ -129,27 +129,27 @@ class Groups:
         together, batches = self._data.take(step, self._asked), [self._data.take(step + n) for n in range(self._asked)]
         assert together is not None
         times: dict[bool, list[float]] = {True: [], False: []}
-        done: list[tuple[StepResult, Batch]] = []
+        singles: list[tuple[StepResult, Batch]] = []
         for _ in range(2):
             begin = time.perf_counter()
             with suppress(Exception):  # there was no memory for it
                 whole = jax.block_until_ready(group(state, step, together))
             times[True].append(time.perf_counter() - begin)
-            begin, ahead, done = time.perf_counter(), state, []
+            begin, ahead, singles = time.perf_counter(), state, []
             for n, batch in enumerate(batches):
                 assert batch is not None
                 result = program_of(batch)(ahead, step + n, batch)
                 ahead = result.state
-                done.append((result, batch))
+                singles.append((result, batch))
             jax.block_until_ready(ahead)
             times[False].append(time.perf_counter() - begin)
         stacked = [
-            np.stack(leaves) for leaves in zip(*(jax.tree_util.tree_leaves(one[1:]) for one, _ in done), strict=True)
+            np.stack(leaves) for leaves in zip(*(jax.tree_util.tree_leaves(one[1:]) for one, _ in singles), strict=True)
         ]
         same = whole is not None and _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
         if same and min(times[True]) < FASTER * min(times[False]):
             self.size = self._asked
-        return done
+        return singles
 
 
 def _bits(tree: PyTree) -> list[bytes]:

@@ -235,9 +235,9 @@ class TrainingLoop:
                 return
             tries = not ends and self._groups.to_try(following, schedule.next_look(following))
             if tries and not pending:
-                done = self._groups.attempt(ahead, following, self._program_of)
-                pending += (Dispatched(*one) for one in done)
-                ahead = done[-1][0].state
+                singles = self._groups.attempt(ahead, following, self._program_of)
+                pending += (Dispatched(*one) for one in singles)
+                ahead = singles[-1][0].state
                 continue
             waits = (
                 len(pending) >= (AHEAD if self._is_brief else 1)

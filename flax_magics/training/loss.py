@@ -221,18 +221,18 @@ class Loss(Struct, frozen=True, eq=False):
         return graded
 
     def of_parameters(
-        self, run: Forward, variables: Variables, given: tuple[PyTree, Args, Kwargs]
+        self, run: Forward, variables: Variables, inputs: tuple[PyTree, Args, Kwargs]
     ) -> Callable[[PyTree], tuple[Leaf, tuple[PyTree, PyTree]]]:
         """The function that `jax.value_and_grad` takes: of the trained parameters, to `(loss, (metrics, updates))`.
 
         Args:
           run: the net's `forward` of the loss.
-          given: keys, and the arguments after the net.
+          inputs: keys, and the arguments after the net.
         """
 
         def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
             # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
-            keys, args, kwargs = jax.tree_util.tree_map(lambda leaf: leaf, given)
+            keys, args, kwargs = jax.tree_util.tree_map(lambda leaf: leaf, inputs)
             args, kwargs = tuple(map(bound, args)), {name: bound(value) for name, value in kwargs.items()}
             try:
                 output, updates = run(self.put_into(variables, trained), keys, args, kwargs)
@@ -363,11 +363,11 @@ def _reads(function: Any) -> Iterator[tuple[str, object]]:
 def check_arguments(loss: Loss, model: str, args: Args, kwargs: Kwargs, switches: Names) -> None:
     """Raises FlaxMagicsError where the arguments after the net do not fit; `switches` are given by the command."""
     signature = readable_signature(loss.function)
-    given = dict.fromkeys(name for name in switches if name in signature.parameters and name not in kwargs)
+    switched = dict.fromkeys(name for name in switches if name in signature.parameters and name not in kwargs)
     placed = positional_names(signature, 1 + len(args))
-    given = {name: None for name in given if name not in placed}
+    switched = {name: None for name in switched if name not in placed}
     try:
-        signature.bind(None, *args, **{**given, **kwargs})
+        signature.bind(None, *args, **{**switched, **kwargs})
     except TypeError as error:
         plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
         takes = str(signature.replace(parameters=plain, return_annotation=signature.empty))

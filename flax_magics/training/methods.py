@@ -132,6 +132,21 @@ class LossMethods:
         entry = self._state.models.get(name)
         return None if entry is None else entry.training
 
+    # No context manager: the frames of this command are looked at, and contextlib's are not among them.
+    def _net_of(
+        self, name: str, function: Any, call: Call, module: object
+    ) -> tuple[State, ModelEntry, tuple[Note, ...]]:
+        """The session's state, the net of a loss, and notes from finding it.
+
+        Raises:
+          FlaxMagicsError: the command cannot stand here, or the loss is none.
+        """
+        line = f"{call.command} {call.text}"
+        stand_outside(surroundings.of_state, line, line)
+        check(function, call.text, call.command)
+        state = self._state
+        return state, *self._entry_now(name, module)
+
     @until_committed
     def run_train(
         self,
@@ -144,16 +159,12 @@ class LossMethods:
         notes: tuple[Note, ...] = (),
     ) -> Run:
         """`train` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
-        line = f"{call.command} {call.text}"
-        stand_outside(surroundings.of_state, line, line)
         from .repeat import beginning_of, goes_on_as
         from .train import train_model
 
-        check(function, call.text, call.command)
-        state = self._state
-        entry, more = self._entry_now(name, module)
+        state, entry, more = self._net_of(name, function, call, module)
         with entry.model.held_still:
-            entry.model.has_same_layout()
+            entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
             freeze = options.freeze if entry.training is None or not options.resume else entry.training.freeze
             loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
             limit = self._keeping.limit
@@ -175,13 +186,9 @@ class LossMethods:
         notes: tuple[Note, ...] = (),
     ) -> Run:
         """`grad` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
-        line = f"{call.command} {call.text}"
-        stand_outside(surroundings.of_state, line, line)
         from .grad import grad_model
 
-        check(function, call.text, call.command)
-        state = self._state
-        entry, more = self._entry_now(name, module)
+        state, entry, more = self._net_of(name, function, call, module)
         with entry.model.held_still:
             entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
             loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)

@@ -100,8 +100,8 @@ class LinenLoss(Loss, frozen=True, eq=False):
         rngs = "rngs={" + ", ".join(f"'{name}': {name}_key" for name in streams) + "}"
         makes = f"mutable={list(mutable)!r}" if mutable else ""
         bound = ", ".join(filter(None, (self.name, cloned(net, self.model.module, fields), makes)))
-        given = ", ".join(filter(None, ("{**variables, 'params': params}", rest, rngs if streams else "")))
-        applied = f"nn.apply({bound})({given})"
+        passed = ", ".join(filter(None, ("{**variables, 'params': params}", rest, rngs if streams else "")))
+        applied = f"nn.apply({bound})({passed})"
         body = f"return {applied}"
         if mutable and metrics:
             body = f"(value, metrics), updates = {applied}\n    return value, (metrics, updates)"

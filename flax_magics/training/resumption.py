@@ -76,5 +76,5 @@ def begun_as(run: Run, runs: RunLog | None) -> Run:
     facts = {name: getattr(before.spelling or ExportFacts(), name) for name in ExportFacts.__struct_fields__}
     init = {name: value for name, value in facts.items() if name.startswith("init_")}
     spelling = None if run.spelling is None or before.spelling is None else replace(run.spelling, **init)
-    kept = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
-    return replace(run, spelling=spelling, **kept)
+    beginning = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
+    return replace(run, spelling=spelling, **beginning)

@@ -255,27 +255,27 @@ class Trainer:
         """The sharp bits that are known before the first step."""
         bound, trace, entry = self.request.bound, self.traced.trace, self.ready.entry
         known = {stream for needs in self.request.entry.known_needs.values() for stream in needs.streams}
-        found = [*of_switch(self.name, bound, trace, self.ready.loss), *notes.of_streams(trace, known)]
+        remarks = [*of_switch(self.name, bound, trace, self.ready.loss), *notes.of_streams(trace, known)]
         for other in self.ready.read:
-            found.append(
+            remarks.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
         seen, arguments = self.services.seen, self.traced.request.arguments
         self.keys_in_call = dict(notes.keys_in(arguments, seen, self.step.batched))
         for name in self.keys_in_call:
-            found.append(Note("same key", f"`{name}` goes into every step: each has the same numbers"))
+            remarks.append(Note("same key", f"`{name}` goes into every step: each has the same numbers"))
         if self.resumed is None:  # else it goes on with the keys of its own draw
-            found += notes.of_keys(self.keys_in_call, seen, self.request.line)
+            remarks += notes.of_keys(self.keys_in_call, seen, self.request.line)
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
-        found += notes_of_unused(self.traced, self.loss.trainable(), frozen)
-        found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
+        remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
+        remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            found += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
+            remarks += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
         if self.variables.made is not None:
-            found += notes.of_params(self.variables.values)
+            remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
-            found.append(notes.outdated_own(self.name) if entry.built_by_user else notes.OUTDATED)
-        return tuple(found)
+            remarks.append(notes.outdated_own(self.name) if entry.built_by_user else notes.OUTDATED)
+        return tuple(remarks)
 
     # -- the steps
 

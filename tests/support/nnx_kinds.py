@@ -190,3 +190,14 @@ def runs_as_by_hand(
         assert bits(nnx.state(net)) == bits(nnx.state(other))
         assert {note.kind for note in run.notes} <= ({"stream"} if draw == 1 else {"key again"})
     return run
+
+
+class NormedMLP(nnx.Module):
+    """Two dense layers with statistics and dropout between them, from 6 to 3."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))

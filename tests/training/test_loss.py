@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from by_hand import bits, keys_of
 from flax import nnx
+from nnx_kinds import NormedMLP
 from sessions import session_of
 
 import flax_magics
@@ -76,15 +77,6 @@ class TwoMethods(nn.Module):
         return z @ self.inner.variables["params"]["kernel"].T
 
 
-class OfNnx(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
-        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
-
-
 def switched_loss(net: Any, batch: Any, train: bool) -> Any:
     logits = net(batch["x"], train=train)
     return cross_entropy(logits, batch["y"]), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
@@ -144,7 +136,7 @@ def test_of_linen_it_is_value_and_grad_over_apply_by_hand(case):
 
 @pytest.mark.parametrize("frozen", [(), ("first",), ("*/bias", "norm")])
 def test_of_nnx_it_is_nnx_value_and_grad(frozen):
-    net, same = OfNnx(nnx.Rngs(0)), OfNnx(nnx.Rngs(0))
+    net, same = NormedMLP(nnx.Rngs(0)), NormedMLP(nnx.Rngs(0))
 
     def loss(net: Any, batch: Any) -> Any:
         logits = net(batch["x"])
@@ -240,7 +232,7 @@ def test_a_run_of_gradients_is_replayed():
 
 
 def test_a_replay_of_an_nnx_loss_makes_its_program_anew():
-    session = session_of(OfNnx(nnx.Rngs(0)))
+    session = session_of(NormedMLP(nnx.Rngs(0)))
     run = session.grad(plain_loss, "net", BATCH, freeze="first")
     session.apply("net", BATCH["x"], mode="train")  # the statistics move on
     for cache in (session.programs.by_call, session.programs.by_text, session.programs.by_equations):
@@ -311,7 +303,7 @@ def refused(loss: Any, *args: Any, net: Any = None, **options: Any) -> str:
     return str(raised.value)
 
 
-TEACHER = OfNnx(nnx.Rngs(1))
+TEACHER = NormedMLP(nnx.Rngs(1))
 
 
 def distilled(net: Any, batch: Any) -> Any:
@@ -394,17 +386,17 @@ def test_a_loss_is_not_jitted():
 
 
 def test_an_nnx_module_is_passed_and_not_closed_over():
-    assert refused(distilled, BATCH, net=OfNnx(nnx.Rngs(0))) == (
+    assert refused(distilled, BATCH, net=NormedMLP(nnx.Rngs(0))) == (
         "`distilled` reads `TEACHER`, an NNX module, from outside: it would be fixed in the program as it is now. The net is"
         " the first argument, and another module is passed beside it.\n"
         "  form: def distilled(net, batch, TEACHER):\n          …\n        %flax_grad distilled(net, …, TEACHER)"
     )
-    assert refused(inside_nnx, BATCH, net=OfNnx(nnx.Rngs(0))) == TRANSFORMED.format("inside_nnx", "nnx.remat(…)")
+    assert refused(inside_nnx, BATCH, net=NormedMLP(nnx.Rngs(0))) == TRANSFORMED.format("inside_nnx", "nnx.remat(…)")
 
 
 def test_another_net_in_the_call_is_a_constant():
-    teacher, session = OfNnx(nnx.Rngs(1)), Session(seed=0)
-    session.register_all({"net": OfNnx(nnx.Rngs(0)), "teacher": teacher})
+    teacher, session = NormedMLP(nnx.Rngs(1)), Session(seed=0)
+    session.register_all({"net": NormedMLP(nnx.Rngs(0)), "teacher": teacher})
     before = bits(nnx.state(teacher))
     run = session.grad(lambda net, x, teacher: ((net(x) - teacher(x)) ** 2).mean(), "net", BATCH["x"], teacher)
     assert [note.text for note in run.notes] == [

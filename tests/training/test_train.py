@@ -19,6 +19,7 @@ import pytest
 from by_hand import bits, keys_of
 from flax import nnx
 from interrupts import interrupted_after
+from nnx_kinds import NormedMLP
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
@@ -443,15 +444,6 @@ def test_what_no_step_updates_may_be_infinite_and_is_not_counted_as_updated():
     assert (run.steps, dict(run.changed)) == (2, {"Param": 2, "BatchStat": 2})
 
 
-class OfNnx(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
-        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
-
-
 def nnx_loss(net: Any, batch: Any) -> Any:
     logits = net(batch["x"])
     return cross_entropy(logits, batch["y"]), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
@@ -459,7 +451,7 @@ def nnx_loss(net: Any, batch: Any) -> Any:
 
 @pytest.mark.parametrize("frozen", [(), ("first",)])
 def test_of_nnx_it_is_the_loop_with_nnx_optimizer(frozen):
-    net, twin = OfNnx(nnx.Rngs(0)), OfNnx(nnx.Rngs(0))
+    net, twin = NormedMLP(nnx.Rngs(0)), NormedMLP(nnx.Rngs(0))
     session = session_of(net)
     run = session.train(nnx_loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=2, freeze=frozen)
 
