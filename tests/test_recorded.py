@@ -20,7 +20,8 @@ from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.base import measures
-from flax_magics.base.digest import VALUES, digest_of, sample_of
+from flax_magics.base.digest import digest_of
+from flax_magics.base.output import VALUES, sample_of
 from flax_magics.report import text
 from flax_magics.report.text import Rows
 from flax_magics.run import recorded

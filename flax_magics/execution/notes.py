@@ -8,7 +8,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 import jax
 import numpy as np
 
-from ..base.digest import data_of, has_nan, is_key
+from ..base.digest import data_of, is_key
+from ..base.output import has_nan
 from ..base.text import join
 from ..base.types import Leaf
 from ..errors import nearest, written

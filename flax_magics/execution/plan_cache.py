@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 
-from ..base.digest import Floats, any_nan, floats_in, has_nan, own
+from ..base.digest import own
 from ..base.measures import Timing
 from ..base.output import SMALL as COPIED
+from ..base.output import Floats, any_nan, floats_in, has_nan
 from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure

@@ -15,9 +15,9 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.agreement import Agreement, with_digest, with_output
 from ..base.curve import Curve
 from ..base.measures import Timing
+from ..base.output import Agreement, with_digest, with_output
 from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint

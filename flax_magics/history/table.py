@@ -26,7 +26,7 @@ from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.agreement import Difference
+    from ..base.output import Difference
 
 
 def history_html(history: History, table: Table | None = None) -> str:

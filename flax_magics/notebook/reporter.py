@@ -80,7 +80,7 @@ class Reporter:
         later, self._later, self._later_runs, self._later_bytes = self._later, [], 0, 0
         if not later:
             return
-        from ..base.digest import has_nan
+        from ..base.output import has_nan
 
         for run in later:
             put_off = run._taken.put_off(run.output)

@@ -19,10 +19,10 @@ import numpy as np
 from msgspec.structs import asdict, replace
 
 from ..base import __version__
-from ..base.digest import Spread, Values, count_parameters, is_key, own
+from ..base.digest import count_parameters, is_key, own
 from ..base.files import Damaged, convert, loads
 from ..base.measures import Cost, Limits, Memory, Timing
-from ..base.output import OutputFacts
+from ..base.output import OutputFacts, Spread, Values
 from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
@@ -73,7 +73,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
       impl: the PRNG implementation of its keys, None if it has no keys.
       inputs: their dtypes and shapes, as text.
       replays: how often it was run again, and whether any of these gave other bits.
-      leaves, bits: a few values of the output, see `digest.sample_of`; None and empty without any.
+      leaves, bits: a few values of the output, see `output.sample_of`; None and empty without any.
     """
 
     version: Literal[1]

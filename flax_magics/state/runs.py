@@ -20,9 +20,9 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import all_words, describe, digest_of, is_gone, own, sample_of
+from ..base.digest import all_words, describe, digest_of, is_gone, own
 from ..base.measures import Memory, Timing
-from ..base.output import OutputFacts
+from ..base.output import OutputFacts, sample_of
 from ..base.types import Leaf, PyTree
 from ..models.base import CallTrace
 from ..rng.keys import Draw, RunKeys

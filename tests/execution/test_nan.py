@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sessions import session_of
 
-from flax_magics.base.digest import Values, values_of
+from flax_magics.base.output import Values, values_of
 
 X = jnp.ones((2, 3))
 

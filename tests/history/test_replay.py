@@ -20,7 +20,7 @@ from nnx_kinds import Own
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.base.agreement import Agreement, Difference
+from flax_magics.base.output import Agreement, Difference
 from flax_magics.models.construction import Construction
 from flax_magics.models.nnx_graph import raw
 

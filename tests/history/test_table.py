@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 from runs_to_show import DRAW, INIT, INTERRUPTED, KEY, REUSED, TRAINED
 
-from flax_magics.base.agreement import Agreement, Difference
+from flax_magics.base.output import Agreement, Difference
 from flax_magics.history import table
 from flax_magics.history.table import SHOWN, DrawRow, History, history_text, notice_of
 from flax_magics.report.text import notice_text
