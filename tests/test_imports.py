@@ -33,7 +33,7 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
     ours = {name for name in imported if name.startswith("flax_magics")}
     packages = {
         "flax_magics",
-        *(f"flax_magics.{room}" for room in ("base", "cells", "code", "line", "notebook", "report")),
+        *(f"flax_magics.{room}" for room in ("base", "cells", "code", "line", "notebook")),
     }
     assert ours - packages == {
         *("flax_magics.errors", "flax_magics.base.text", "flax_magics.base.tokens"),
@@ -42,7 +42,6 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
         *("flax_magics.notebook.interrupts", "flax_magics.notebook.magics", "flax_magics.notebook.notebook"),
         *("flax_magics.notebook.reporter", "flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks"),
-        "flax_magics.report.display",
     }
     others = {name.partition(".")[0] for name in imported - ours} - {"IPython"}
     assert others <= {"_blake2", "_hashlib", "bdb", "hashlib"}

@@ -6,8 +6,11 @@ The width is 80 columns wherever a text is kept (a notebook's `text/plain`, a pi
 from __future__ import annotations
 
 import functools
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 WIDTH = 80
 _width = WIDTH
@@ -28,6 +31,13 @@ def fit(columns: int = WIDTH) -> None:
     """Sets the columns that texts have from now on; at least half of 80, so that a table keeps its columns."""
     global _width
     _width = max(columns, WIDTH // 2)
+
+
+def on_terminal(shell: Any) -> bool:
+    """Whether what a shell shows is printed on a terminal: not in a kernel, and neither captured nor piped."""
+    with suppress(AttributeError, ValueError):  # `sys.stdout` may be None (pythonw) or closed
+        return getattr(shell, "kernel", None) is None and sys.stdout.isatty()
+    return False
 
 
 def cell_len(text: str) -> int:

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH, fit, plural, width
+from ..base.text import WIDTH, fit, on_terminal, plural, width
 from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..line.call import CallExpression
-from ..report.display import on_terminal
 from .completion import Names
 from .interrupts import InterruptGuard
 from .reporter import Reporter, Settings

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..base.types import Record
-from ..report.display import publish
 
 if TYPE_CHECKING:
     from ..execution.record import Outcome
@@ -143,6 +142,8 @@ class Reporter:
     def publish(self, bundle: Mapping[str, object]) -> None:
         """Shows a MIME bundle, unless it is empty."""
         if bundle:
+            from ..report.live import publish
+
             publish(self._shell, bundle)
 
     def report_again(self, outcome: Outcome, live: Live, *, quiet: bool) -> None:
@@ -257,6 +258,7 @@ class Reporter:
     def _show_loop(self, loop: Loop, rows: Rows | None = None, working: str = "") -> None:
         """Shows or updates the counting line; `rows` are added the last time, as data."""
         from ..report.html import loop_bundle
+        from ..report.live import publish
 
         data = loop_bundle(loop, self._settings().style, rows, working)
         update = self._display_id is not None

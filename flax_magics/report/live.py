@@ -1,6 +1,6 @@
-"""The live line, `compiling net · 3 s · interrupt the kernel to stop`, shown while something is slow.
+"""What a shell shows: MIME bundles, and the live line while something is slow.
 
-The report takes its place when it is done.
+The line is `compiling net · 3 s · interrupt the kernel to stop`; the report takes its place when it is done.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TextIO
 
-from ..base.text import clean, cut, elapsed, width
-from .display import publish
+from ..base.text import clean, cut, elapsed, on_terminal, width
 
 _ERASE = "\r\x1b[K"
 SELDOM = 50
 """From one drawing to the next it takes so many times what it took the processor: less than a fiftieth of one is used."""
+
+
+def publish(shell: Any, bundle: Mapping[str, object], display_id: str | None = None, *, update: bool = False) -> None:
+    """Publishes a MIME bundle in a shell of IPython's; with a `display_id`, it can be updated later."""
+    data = dict(bundle)
+    if on_terminal(shell) and str(getattr(shell, "colors", "")).lower() != "nocolor":
+        from .text import coloured  # which needs msgspec, and a terminal alone has colours
+
+        data["text/plain"] = coloured(str(data.get("text/plain", "")))
+    transient = {} if display_id is None else {"display_id": display_id}
+    shell.display_pub.publish(data=data, metadata={}, transient=transient, update=update)
 
 
 class Live:

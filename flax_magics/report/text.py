@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -160,6 +162,41 @@ def notes(sharp_bits: Iterable[Note]) -> list[str]:
                 # Advice to paste must stay one line, however long.
                 lines += [begin + code] if label == "write: " else wrap(code, begin)
     return lines
+
+
+_STYLES = (
+    # What stands above a report, the name that it begins with, and the headings of blocks.
+    (r"^(?:new session, seed -?\d+(?: · .*)?|\w+ registered: .*)$", "dim"),
+    (r"^(?!new session, seed |\w+ registered: )[^\s!#][^·\n]*?(?= · )", "bold"),
+    (r"(?<=\n\n)[a-z][^·\n]*(?=\n  \S)", "bold"),
+    # The labels of rows, and the titles of columns.
+    (
+        r"^  (?:replay|roof|steps|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b",
+        "dim",
+    ),
+    (r"^  (?:total|FLOPs|writes|note)\b", "dim"),
+    (r"^ +(?:draw  +what|module) .*$", "dim"),
+    (r"(?<![\w.,])\d[\d.,]* (?:µs|ms|s|min|h)\b", "cyan"),
+    (r"^ *! ", "bold yellow"),
+    (r"^  (?:write|form|in your model): ", "green"),
+)
+"""What stands in a report, as regular expressions, and rich's style for it; a later one goes on top of an earlier one."""
+
+
+def coloured(text: str) -> str:
+    """The text with the terminal's codes for its parts; as it is where `NO_COLOR` is set or the terminal has no colours."""
+    if os.environ.get("NO_COLOR"):
+        return text
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = Text(text)
+    for pattern, style in _STYLES:
+        shown.highlight_regex(re.compile(pattern, re.MULTILINE), style)
+    console = Console()
+    with console.capture() as captured:
+        console.print(shown, soft_wrap=True, end="")
+    return captured.get()
 
 
 class Loop(Struct):

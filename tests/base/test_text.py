@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.base.text import bytes_, count, elapsed, plural, seconds, table, wrap
+from flax_magics.base.text import bytes_, count, elapsed, on_terminal, plural, seconds, table, wrap
 
 
 @pytest.mark.parametrize(
@@ -108,3 +112,9 @@ def test_a_last_column_that_would_break_a_word_goes_on_the_line_below() -> None:
 
 def test_one_parameter_is_singular() -> None:
     assert (plural(1, "parameter"), plural(15, "parameter")) == ("1 parameter", "15 parameters")
+
+
+def test_what_is_captured_or_piped_is_on_no_terminal(monkeypatch) -> None:
+    for stream in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert not on_terminal(SimpleNamespace())

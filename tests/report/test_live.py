@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flax_magics.report.live import Live, ticker
+from flax_magics.report.live import Live, publish, ticker
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 
@@ -204,6 +204,16 @@ def test_on_a_terminal_it_is_one_line() -> None:
         live.progress = lambda text: {"text/plain": f"step 3 · {text}"}
         live._tick()
     assert stream.getvalue() == "\r\x1b[Kstep 3 · Ctrl-C stops it\r\x1b[K"
+
+
+def test_a_shell_without_colours_and_a_kernel_get_plain_text(on_a_terminal) -> None:
+    on_a_terminal()
+    texts = []
+    for facts in ({"colors": "NoColor"}, {"colors": "Linux", "kernel": object()}, {"colors": "Linux"}):
+        shell = SimpleNamespace(display_pub=Publisher(), **facts)
+        publish(shell, {"text/plain": "net · run 0.22 ms"})
+        texts.append(shell.display_pub.sent[0][0])
+    assert texts == ["net · run 0.22 ms"] * 2 + ["\x1b[1mnet\x1b[0m · run \x1b[36m0.22 ms\x1b[0m"]
 
 
 def test_a_pipe_shows_nothing() -> None:

@@ -1,7 +1,8 @@
-"""A run as text: the exact forms, and never more than 80 columns."""
+"""A run as text: the exact forms, and never more than 80 columns, but for a terminal's own width; its colours there."""
 
 from __future__ import annotations
 
+import re
 from textwrap import dedent
 
 import numpy as np
@@ -13,9 +14,9 @@ from rich.cells import cell_len
 from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, keys
 
 from flax_magics.base.measures import Cost, Limits, Steady, Timing
-from flax_magics.base.text import clean, cut
+from flax_magics.base.text import clean, cut, fit
 from flax_magics.report.facts import building, keys_of, phases, rate_of, roof_of, run_of
-from flax_magics.report.text import details, line_of, normal, report
+from flax_magics.report.text import coloured, details, line_of, normal, report
 from flax_magics.run import InitStats, Note, Run
 
 
@@ -335,3 +336,55 @@ def test_nothing_is_ever_wider_than_80_columns(
 def test_no_message_is_ever_cut(message: str) -> None:
     shown = report(replace(REUSED, notes=(Note("k", message),)), "off")
     assert "".join(shown[1:].split()) == "".join("".join(map(clean, message.expandtabs(4).splitlines())).split())
+
+
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
+
+
+@pytest.mark.parametrize("run", [REUSED, COMPILED, NOTED])
+def test_colours_are_added_and_nothing_else(on_a_terminal, run) -> None:
+    on_a_terminal()
+    text = normal(run)
+    assert ESCAPE.sub("", coloured(text)) == text
+    assert len(ESCAPE.findall(coloured(text))) > 4
+
+
+def test_the_name_is_bold_a_label_dim_and_a_sharp_bit_yellow(on_a_terminal) -> None:
+    on_a_terminal()
+    text = coloured(normal(NOTED))
+    assert text.startswith("\x1b[1mnet\x1b[0m · train")
+    assert "\x1b[2m  out\x1b[0m" in text
+    assert "\x1b[1;33m! \x1b[0mDropout_0 is off" in text
+    assert "\x1b[36m0.22 ms\x1b[0m" in text
+
+
+def test_what_stands_above_a_report_is_dim(on_a_terminal) -> None:
+    on_a_terminal()
+    run = replace(NOTED, registered="Net(3)")
+    assert coloured(normal(run)).startswith("\x1b[2mnet registered: Net(3)\x1b[0m\n\x1b[1mnet\x1b[0m · train")
+    first = coloured(normal(replace(run, first=True)))
+    assert first.startswith("\x1b[2mnew session, seed 0 · net registered: Net(3)\x1b[0m\n\x1b[1mnet\x1b[0m")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_colour_gets_none(on_a_terminal, monkeypatch, name, value) -> None:
+    on_a_terminal()
+    monkeypatch.setenv(name, value)
+    assert coloured(normal(NOTED)) == normal(NOTED)
+
+
+@pytest.fixture
+def width():
+    yield fit
+    fit()
+
+
+def test_a_report_is_as_wide_as_the_terminal(width) -> None:
+    width(120)
+    assert "! Dropout_0 is off although --train was asked: deterministic=True is fixed in MyModel (line 8)" in normal(
+        NOTED
+    )
+    width(50)
+    assert max(map(len, normal(NOTED).splitlines())) <= 50
+    width()
+    assert max(map(len, normal(NOTED).splitlines())) <= 80
