@@ -446,7 +446,7 @@ SCENARIOS = [
     Scenario("execution.notes.of_unused", "%flax_apply net(x, jax.random.key(5));", (UNUSED.format(""),),
              edit=put("(x)\n", "(x + {})\n", "x.shape")),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
-    Scenario("execution.sharding.of_explicit_axes", "with jax.set_mesh(mesh):\n  y = %flax_apply net(x)",
+    Scenario("execution.execute._of_explicit_axes", "with jax.set_mesh(mesh):\n  y = %flax_apply net(x)",
              ("%flaxmodel net = nn.Dropout(0.5, deterministic=False)", EXPLICIT), patch=only_in_with, again=True),
     Scenario(SAMPLES, "%flax_apply --eval --samples 2 Net(x);", (SWITCHED,)),
     Scenario(SAMPLES, "%flax_apply --samples 2 net(x);", (NET,)),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
+from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import errors as flax_errors
+from jax.sharding import AxisType, NamedSharding
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -28,7 +31,6 @@ from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive
 from .call import BoundCall, Call, initialising, prepare, prepare_init, request_of, with_drawn_key, with_keys
 from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
-from .sharding import of_explicit_axes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -243,7 +245,7 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
 
 
 class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
-    """Turns a stream missing in a lifted transform and exhausted memory into one short message; passes other errors."""
+    """Turns errors of Flax, JAX and XLA that can only have one reason into a short message; passes other errors."""
 
     call: Call
 
@@ -256,7 +258,7 @@ class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
             _check_inputs(self.call)
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
-        sharded = None if error is None else of_explicit_axes(error, self.call)
+        sharded = None if error is None else _of_explicit_axes(error, self.call)
         if sharded is not None:
             raise sharded from None
 
@@ -287,6 +289,54 @@ def _check_inputs(call: Call) -> None:
     """Raises where an array among the arguments was donated or deleted."""
     for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
         check_alive(f"the values of argument {place} of {call.text}", value)
+
+
+def _of_explicit_axes(error: BaseException, call: Call) -> FlaxMagicsError | None:
+    """The error for what Explicit axes are the reason of; None where `error` comes of something else.
+
+    `jax.make_mesh` gives Explicit axes unless it is told otherwise. Under them an array's type says how it is sharded, and
+    several of Flax's layers (Embed, Dropout, RNN) leave open how their results are.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    arguments = list(_sharded(call))
+    mesh: Any = arguments[0][1].mesh if arguments else around
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    # Messages write the types as `float32[16@data,4]`.
+    typed = any(f"@{name}" in str(error) for name in mesh.axis_names)
+    if not typed and type(error).__name__ != "ShardingTypeError":
+        return None
+    sizes, names = tuple(mesh.shape.values()), tuple(mesh.axis_names)
+    kinds = "(AxisType.Auto,)" + f" * {len(names)}" * (len(names) > 1)
+    lines = [
+        "import jax",
+        "from jax.sharding import AxisType, NamedSharding, PartitionSpec as P",
+        f"mesh = jax.make_mesh({sizes}, {names}, axis_types={kinds})",
+    ]
+    lines += ["jax.set_mesh(mesh)"] * (not around.empty)
+    for name, sharding in arguments:
+        if name.isidentifier():
+            spec = ", ".join(map(repr, sharding.spec))
+            lines.append(f"{name} = jax.device_put({name}, NamedSharding(mesh, P({spec})))")
+    return FlaxMagicsError(
+        f"{call.text} cannot run on a mesh of Explicit axes: a layer leaves open how its result is sharded"
+        f" ({type(error).__name__}). Under Auto axes XLA works it out: put the arrays on such a mesh.",
+        **written("\n".join(lines)),
+    )
+
+
+def _sharded(call: Call) -> Iterator[tuple[str, NamedSharding]]:
+    """The arguments with an array on Explicit axes: what is written there, where that is the array itself; its sharding."""
+    tree = ast.parse(call.text, mode="eval").body if call.is_text else None
+    values = [*call.args, *call.kwargs.values()]
+    nodes = [*tree.args, *(keyword.value for keyword in tree.keywords)] if isinstance(tree, ast.Call) else []
+    texts = map(ast.unparse, nodes) if len(nodes) == len(values) else [""] * len(values)
+    for text, value in zip(texts, values, strict=True):
+        for leaf in jax.tree_util.tree_leaves(value):
+            sharding = getattr(leaf, "sharding", None)
+            if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+                yield text if leaf is value else "", sharding
+                break
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:
