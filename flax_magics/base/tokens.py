@@ -1,7 +1,7 @@
 """A tokenizer for Python text that may be incomplete: its strings, brackets and comments, and carets for messages.
 
 `tokenize` raises on an open bracket, and `ast` needs complete code. A command line has text after the code, and a cell
-that is being typed has no end yet. `statements` parses text that is complete.
+that is being typed has no end yet. Of complete text `statements` are parsed, and `assigned_names` are what these bind.
 """
 
 from __future__ import annotations
@@ -146,6 +146,43 @@ def statements(text: str, transform: Callable[[str], str] = str) -> list[ast.stm
         return ast.parse(transform(text)).body
     except (SyntaxError, ValueError):
         return []
+
+
+def assigned_names(tree: ast.AST) -> tuple[str, ...]:
+    """The names that running `tree` binds in its own scope, in order of first appearance."""
+    return tuple(dict.fromkeys(_assigned(tree)))
+
+
+def _assigned(node: ast.AST, comprehension: bool = False) -> Iterator[str]:
+    """Names bound by `node`; `comprehension`: it stands inside one, whose loop variables are its own."""
+    children = [*ast.iter_child_nodes(node)]
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            yield node.name
+            # The body has a scope of its own; decorators and defaults run in this one, and may hold a walrus.
+            children = [*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)]
+        case ast.ClassDef():
+            yield node.name
+            children = [*node.decorator_list, *node.bases, *(keyword.value for keyword in node.keywords)]
+        case ast.Lambda():
+            children = [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]
+        case ast.Import() | ast.ImportFrom():
+            for alias in node.names:
+                if alias.name != "*":
+                    yield alias.asname or alias.name.split(".")[0]
+        case ast.AnnAssign(value=None):  # `x: int` binds nothing
+            children = []
+        case ast.NamedExpr(target=ast.Name(name)):
+            yield name
+            children = [node.value]
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            comprehension = True  # its targets are its own, but a walrus inside binds in the scope around it
+        case ast.Name(name, ast.Store()) if not comprehension:
+            yield name
+        case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
+            yield name
+    for child in children:
+        yield from _assigned(child, comprehension)
 
 
 def variable_name(class_name: str) -> str:

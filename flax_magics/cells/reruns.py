@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from ..base.tokens import statements
+from ..base.tokens import assigned_names, statements
 from .journal import FRESH, ExecutedCell
-from .names import assigned_names
 
 Transform = Callable[[str], str]
 """Turns a cell's text into Python, as IPython does."""

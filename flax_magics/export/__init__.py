@@ -29,15 +29,15 @@ from ..base.files import replace_file
 from ..base.text import plural
 from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
-from ..cells.names import Free, binds, mentioned, reads
 from ..errors import FlaxMagicsError
 from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
 from .cells import CellRun, CellSource, begin, end, match, read_cell
 from .context import RunGroups, ScriptContext, ScriptModel
+from .edit import binds, mentioned, reads
 from .script import RootKeyTracker, Script, assigned_by, sets_variables
-from .writer import LineWriter
+from .writer import Free, LineWriter
 
 
 class Exported(Struct, frozen=True):

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.tokens import ends_quietly
+from ..base.tokens import assigned_names, ends_quietly
 from ..cells.journal import ExecutedCell, Place
-from ..cells.names import assigned_names
 from ..errors import FlaxMagicsError
 from ..line.call import CallExpression, parse_call
 from ..line.commands import COMMANDS

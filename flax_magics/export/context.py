@@ -14,13 +14,12 @@ from msgspec.structs import replace
 from ..base.curve import ROW_ORDER, Curve
 from ..base.types import PyTree
 from ..cells.journal import Load
-from ..cells.names import is_of_the_notebook
 from ..line.call import CallExpression
 from ..rng.keys import SPLIT, StepDraw
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
 from .functions import CannotSay, JittedFunction
-from .writer import WIDTH, LineWriter, indented, label_of
+from .writer import WIDTH, LineWriter, indented, is_of_the_notebook, label_of
 
 
 @dataclass(eq=False)

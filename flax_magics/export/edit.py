@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import copy
 import re
-from collections.abc import Callable, Iterable
+import symtable
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ..cells.names import binds, reads
+from ..base.tokens import assigned_names
 from ..line.expression import segment
 from .cells import CellSource, CommandSite, Definition, FunctionNode, begin, blocks, end
 from .context import FROM_PACKAGE, ScriptContext
@@ -229,3 +232,60 @@ def imported(tree: ast.AST) -> set[str]:
             case ast.Call(ast.Name(name) | ast.Attribute(attr=name), [ast.Constant(str(module)), *_]):
                 modules += [module] if name in ("__import__", "import_module") else []
     return {module.partition(".")[0] for module in modules}
+
+
+def reads(node: ast.stmt) -> set[str]:
+    """The global names that `node`, or a function that it defines, reads when it runs."""
+    updated = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
+    # Wrapped in a function: at module level Python 3.12 inlines comprehensions, and their variables look like globals.
+    assigned = sorted(assigned_names(node))
+    lines = ["async def cell():", *([f" global {', '.join(assigned)}"] if assigned else []), textwrap.indent(text, " ")]
+    try:
+        table = symtable.symtable("\n".join(lines), "<cell>", "exec")
+    except SyntaxError:  # `from … import *` and the like, which only the top level allows
+        return updated | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return updated | {name for child in table.get_children() for name in _read(child)}
+
+
+def _read(table: symtable.SymbolTable) -> Iterator[str]:
+    """Global names that the code of a symbol table, or of a table inside it, refers to."""
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and symbol.is_global():
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _read(child)
+
+
+def binds(node: ast.stmt) -> set[str]:
+    """The global names that running `node` binds, those that its functions declare `global` included."""
+    declared = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
+    handled = {n.name for n in ast.walk(node) if isinstance(n, ast.ExceptHandler) and n.name}
+    return {*assigned_names(node), *handled, *declared, *_starred(node)}
+
+
+def _starred(node: ast.stmt) -> set[str]:
+    """The names that `from module import *` binds; empty where the module is not imported in this process."""
+    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*" or node.module not in sys.modules:
+        return set()
+    module = sys.modules[str(node.module)]
+    return set(getattr(module, "__all__", None) or (name for name in vars(module) if not name.startswith("_")))
+
+
+def mentioned(node: ast.AST) -> Iterator[str]:
+    """Every name that occurs in the code, except methods' names and their parameters, which clash with no global."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0]
+    elif isinstance(node, (ast.Global, ast.Nonlocal)):
+        yield from node.names
+    for child in ast.iter_child_nodes(node):
+        methods_own: set[str] = set()
+        if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            methods_own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
+        yield from (name for name in mentioned(child) if name not in methods_own)

@@ -12,11 +12,10 @@ from itertools import chain
 import jax
 
 from ..cells.journal import Load, Registered
-from ..cells.names import binds, reads
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, FunctionNode, begin, blocks, end
 from .commands import LINES, SESSION_VARIABLES
 from .context import CommandLines, ScriptContext, initialises
-from .edit import Edit, imported, lines_of_statement
+from .edit import Edit, binds, imported, lines_of_statement, reads
 from .functions import CannotSay, Function, JittedFunction
 from .writer import Lines, draws, joined
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -10,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..base.tokens import pieces
-from ..cells.names import Free
 from ..line.expression import end_of, segment, start_of
 from ..rng.keys import SPLIT, stream_tag
 
@@ -18,6 +19,34 @@ WIDTH = 88
 """The width that formatters use by default."""
 _NAMED = re.compile(r"""(?:'[^']*'|"[^"]*"): |\w+=(?!=)""")
 """Matches `key: ` of a dict entry or `name=` of an argument at the beginning of a text."""
+
+_NOTEBOOK = {"get_ipython", "In", "Out", "__IPYTHON__"}
+# In a notebook IPython puts names of its own into `builtins`, such as `display`.
+BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
+"""Names that exist in any Python script without an import."""
+
+
+def is_of_the_notebook(name: str) -> bool:
+    """Whether `name` is one that IPython defines, for itself or for past inputs and results: `In`, `_`, `_3`, `_i3`."""
+    return name in _NOTEBOOK or re.fullmatch(r"_+|_[_i]*\d+|_i{1,3}|_[iod]h", name) is not None
+
+
+class Free:
+    """Hands out names that the session's own code does not use, each once."""
+
+    def __init__(self, used: set[str]) -> None:
+        self.used = used | set(BUILTIN)
+
+    def take(self, *wanted: str) -> str:
+        """Returns the first free name of `wanted`, else the last one with a number from 2, and marks it as used.
+
+        What no identifier may have, such as a space, becomes `_`.
+        """
+        wanted = tuple(re.sub(r"\W", "_", name) for name in wanted)
+        numbered = (f"{wanted[-1]}_{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain(wanted, numbered) if name not in self.used)
+        self.used.add(name)
+        return name
 
 
 @dataclass

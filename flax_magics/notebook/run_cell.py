@@ -11,10 +11,9 @@ from copy import copy
 from types import CodeType
 from typing import Any
 
-from ..base.tokens import ends_quietly, index_of, logical_end, pieces, point_at
+from ..base.tokens import assigned_names, ends_quietly, index_of, logical_end, pieces, point_at
 from ..base.types import Record
 from ..cells.journal import calling_frame
-from ..cells.names import assigned_names
 from ..errors import FlaxMagicsError, written
 from ..line.call import CallExpression, parse_call, syntax_error
 from ..line.commands import COMMANDS

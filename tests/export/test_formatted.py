@@ -12,8 +12,7 @@ import pytest
 from alone import run_alone
 from exporting import NNX_NET, exported, printed
 
-from flax_magics.cells.names import Free
-from flax_magics.export.writer import LineWriter
+from flax_magics.export.writer import Free, LineWriter
 
 RUFF = shutil.which("ruff", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 

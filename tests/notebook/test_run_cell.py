@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flax_magics.cells.names import assigned_names
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.line.call import CallExpression, parse_call
 from flax_magics.notebook.run_cell import displayed_quietly, run_body, run_statements_with_call
@@ -207,39 +206,6 @@ def test_a_body_that_is_no_python_runs_not_at_all(shell: Any, commands: Commands
 def test_an_async_function_may_be_defined(shell: Any, commands: Commands) -> None:
     run(shell, "%%flaxmodel\nasync def f():\n    await g()\n    return [i async for i in h]\n")
     assert commands.assigned == ("f",)
-
-
-def test_every_binding_is_an_assigned_name() -> None:
-    tree = ast.parse(
-        """
-a, (b, *c) = d.e = f['g'] = (h := 1)
-i: int = 1
-j: int
-k += 1
-import l.m, n as o
-from p import q, r as s
-from t import *
-for u, v in w: pass
-with x as y, z as (aa, ab): pass
-def ac(ad=(ae := 1)): af = 1
-async def ag(): pass
-@(ah := id)
-class ai((aj := object)): ak = 1
-try: al = 1
-except E as am: an = 1
-if (ao := 1): ap = 1
-[aq for aq in ar if (au := aq)]
-av = lambda aw=(ax := 1): (ay := 2)
-match az:
-    case [ba, *bb]: pass
-    case {'k': bc, **bd}: pass
-    case X() as be: bf = 1
-while True: bg = 1
-global bh
-"""
-    )
-    expected = "a b c h i k l o q s u v y aa ab ac ae ag ai ah aj al an ao ap au av ax ba bb bd bc be bf bg"
-    assert " ".join(assigned_names(tree)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from flax_magics.cells.names import reads
+from flax_magics.export.edit import reads
 
 
 @pytest.mark.parametrize(
