@@ -346,12 +346,12 @@ def program_key(traced: jax.stages.Traced, lowered: jax.stages.Lowered, where: H
     return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
 
 
-def keep(kept: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:
+def keep(cache: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:
     """Puts `value` into an LRU cache of at most `most` entries, as the most recently used one."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > most:
+        cache.popitem(last=False)
 
 
 def shape_of(array: Leaf) -> jax.ShapeDtypeStruct:

@@ -343,9 +343,9 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
     elif name == "scan":
         return _scan(equation)
     elif name == "while":  # a carry is forwarded if the body returns it unmodified
-        before, consts = params["cond_nconsts"], params["body_nconsts"]
+        of_condition, consts = params["cond_nconsts"], params["body_nconsts"]
         body = forwarded(_open(params["body_jaxpr"]))
-        return tuple(before + consts + i if through == consts + i else None for i, through in enumerate(body))
+        return tuple(of_condition + consts + i if through == consts + i else None for i, through in enumerate(body))
     elif name == "cond":  # only if all branches forward the same input, which comes after the index
         branches = zip(*(forwarded(_open(branch)) for branch in params["branches"]), strict=True)
         return tuple(1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in branches)

@@ -227,7 +227,7 @@ def apply_again(
                 after = replace(after or entry, update_counts={**entry.update_counts, **changed})
             if entry.variables is not None:
                 after = replace(after or entry, variables={**variables, **updates})
-        origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.kept)
+        origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.last)
         drawn = draw, started, call.cell, source
         stored: StoredRun
         stored = repeated = RepeatedRun(last.line, output, origin, leaves, size=size, sown=sown, drawn=drawn)

@@ -45,9 +45,9 @@ def init_linen(command: CommandLines) -> list[str]:
     """The lines of `%flax_init` for a linen model."""
     writer, model, site = command.writer, command.model, command.site
     lines, _, params = command.keys_of_init("params")
-    before, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
+    init_call, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
     assigned = f"{command.target} = " if command.target and command.target != model.variables else ""
-    lines.append(call(f"{assigned}{model.variables} = {before}", items))
+    lines.append(call(f"{assigned}{model.variables} = {init_call}", items))
     if site.target and not command.target:
         lines.append(f"{site.target} {model.variables}")
     command.context.assigned.add(model.variables)
@@ -161,13 +161,13 @@ def _method(command: CommandLines) -> list[str]:
     return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
 
 
-def _merged(command: CommandLines, kept: Sequence[str], updates: str) -> list[str]:
+def _merged(command: CommandLines, collections: Sequence[str], updates: str) -> list[str]:
     """The line that merges collections which a run wrote into the variables; none if nothing is kept."""
-    if not kept:
+    if not collections:
         return []
     variables = command.model.variables
-    whole = set(kept) == set(_mutable(command))
-    new = f"**{updates}" if whole else _picked(command.writer, kept, updates)
+    whole = set(collections) == set(_mutable(command))
+    new = f"**{updates}" if whole else _picked(command.writer, collections, updates)
     return [f"{variables} = {{**{variables}, {new}}}"]
 
 
@@ -185,8 +185,8 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
 
     lines: list[str] = []
     if command.initialising:
-        before, items = init_of(command.initialising[0], params)
-        lines = [call(f"{model.variables} = {before}", items), *keep_first_key(command, params)]
+        init_call, items = init_of(command.initialising[0], params)
+        lines = [call(f"{model.variables} = {init_call}", items), *keep_first_key(command, params)]
         # In a loop or a function only the first run initialises.
         if context.is_conditional(command.site):
             lines = [f"if {model.variables} is None:", *indented(lines, writer.unit)]
@@ -196,8 +196,8 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
             raise CannotSay("its first run added variables to those that were there, and the others did not")
         writer.needs.add("traverse_util")
         flat = writer.variable("flat_variables")
-        before, items = init_of(adding[0], model.first_key or params)
-        lines.append(call(f"{flat} = traverse_util.flatten_dict({before}", items, "))"))
+        init_call, items = init_of(adding[0], model.first_key or params)
+        lines.append(call(f"{flat} = traverse_util.flatten_dict({init_call}", items, "))"))
         # Variables that are there win over fresh ones.
         lines.append(f"{flat}.update(traverse_util.flatten_dict({model.variables}))")
         lines.append(f"{model.variables} = traverse_util.unflatten_dict({flat})")

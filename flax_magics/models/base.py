@@ -96,9 +96,9 @@ class CallTrace(Struct):
     foreign: str = ""
     """The class of an object that the model gives or sows and that is no tree of arrays: no program can give it."""
 
-    def passed(self, kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> None:
+    def passed(self, kind: str, path: Path, module: object, around: list[Any], arguments: Mapping[str, object]) -> None:
         """Records a dropout or normalization layer that is being called; see `layer_of` for the arguments."""
-        layer = layer_of(kind, path, module, around, given)
+        layer = layer_of(kind, path, module, around, arguments)
         if layer is not None and layer not in self.layers:
             self.layers.append(layer)
 

@@ -176,8 +176,8 @@ def reseed(module: object, keys: Mapping[str, Any]) -> None:
 
 def _is_converted(held: PyTree, traced: PyTree) -> bool:
     """Whether a value got another dtype by becoming a program input: Python numbers and 64-bit arrays do."""
-    before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
-    return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
+    leaves_held, leaves_traced = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
+    return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(leaves_held, leaves_traced, strict=True))
 
 
 def _pop(module: nnx.Module, wanted: Callable[[object], bool]) -> Updates:
@@ -384,13 +384,13 @@ class Watcher:
                 return self._module_at(path[:-1])
         return None
 
-    def _layer(self, module: nnx.Module, kind: str, given: Kwargs) -> None:
+    def _layer(self, module: nnx.Module, kind: str, arguments: Kwargs) -> None:
         """Records a dropout or normalization layer with the modules around it."""
         path = self._path(module)
         path = self._caller() if path is None else path
         around = (self.parts.get(path[:n]) for n in reversed(range(len(path))))
         modules = [part for part in around if isinstance(part, nnx.Module)]
-        self.record.passed(kind, tuple(map(str, path)), module, modules, given)
+        self.record.passed(kind, tuple(map(str, path)), module, modules, arguments)
 
 
 def _places(parts: Mapping[Path, object]) -> dict[Path, tuple[str, int]]:

@@ -44,17 +44,17 @@ def value_of(name: str, train: bool) -> bool:
     return WHEN_TRAINING[name] is train
 
 
-def following(switch: str, own: str, method: str = "") -> str:
+def following(switch: str, of_module: str, method: str = "") -> str:
     """The source edit that makes a layer's switch follow that of its module: `deterministic=not self.training`.
 
     Args:
       switch: the layer's argument.
-      own: the module's switch as its code writes it; if empty, the edit adds a parameter `train` to `method`.
+      of_module: the module's switch as its code writes it; if empty, the edit adds a parameter `train` to `method`.
     """
-    follows = own or "train"
+    follows = of_module or "train"
     alike = WHEN_TRAINING[follows.rpartition(".")[2]] is WHEN_TRAINING[switch]
     edit = f"{switch}={'' if alike else 'not '}{follows}"
-    return edit if own else f"def {method or '__call__'}(self, …, train):\n{edit}"
+    return edit if of_module else f"def {method or '__call__'}(self, …, train):\n{edit}"
 
 
 def call_switches(signature: inspect.Signature) -> tuple[str, ...]:
@@ -295,16 +295,16 @@ class _SwitchPlace(Struct, frozen=True):
     keyword: bool
 
 
-def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> Layer | None:
+def layer_of(kind: str, path: Path, module: object, around: list[Any], arguments: Mapping[str, object]) -> Layer | None:
     """Describes the layer `module` at `path`, which is being called right now; None where its switch is no bool.
 
     Args:
       around: the modules around it, innermost first.
-      given: arguments of the call by name.
+      arguments: those of the call, by name.
     """
     name = SWITCH_OF[kind]
-    in_call = given.get(name) is not None  # else the switch was given at construction
-    value = given[name] if in_call else getattr(module, name)
+    in_call = arguments.get(name) is not None  # else the switch was given at construction
+    value = arguments[name] if in_call else getattr(module, name)
     if not isinstance(value, bool):
         return None
     is_training, stream = value is WHEN_TRAINING[name], _stream_of(module)

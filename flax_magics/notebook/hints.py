@@ -95,12 +95,12 @@ def _edited(error: Exception, parameter: str) -> str | None:
     if not call.endswith(")") or not isinstance(_expression(call), ast.Call):
         return None
     fields = (f"self.{name}" for name in WHEN_TRAINING if isinstance(getattr(module, name, None), bool))
-    own = next((name for name in names if name in WHEN_TRAINING), next(fields, ""))
+    switch = next((name for name in names if name in WHEN_TRAINING), next(fields, ""))
     inside = call[:-1].rstrip().rstrip(",")
-    *head, keyword = following(parameter, own, code.co_name).splitlines()
-    given = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
+    *head, keyword = following(parameter, switch, code.co_name).splitlines()
+    switched = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
     head = [_with_switch(getattr(type(module), code.co_name, None), code.co_name) or text for text in head]
-    edited = f"{line[:begin].decode()}{given}{line[end:].decode()}".strip()
+    edited = f"{line[:begin].decode()}{switched}{line[end:].decode()}".strip()
     if head and edited.startswith("def "):  # the method stands on one line
         body = ast.parse(edited).body[0].body[0]  # type: ignore[attr-defined]
         return f"{head[0]} {edited[start_of(edited, body) :]}"

@@ -102,11 +102,11 @@ class CommandInProgress:
         steps = 0
         if error is not None or interrupt is not None:
             steps = self._show_finished_steps()
-        kept = f"kept: its {plural(steps, 'finished step')}" if steps else ""
+        remaining = f"kept: its {plural(steps, 'finished step')}" if steps else ""
         if isinstance(error, KeyboardInterrupt):
-            stopped(error, self._live.text, kept)
+            stopped(error, self._live.text, remaining)
         if interrupt is not None:
-            stopped(interrupt, self._live.text if error is not None else None, kept)
+            stopped(interrupt, self._live.text if error is not None else None, remaining)
             raise interrupt from None
 
     def _show_finished_steps(self) -> int:

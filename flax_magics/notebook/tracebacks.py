@@ -66,16 +66,16 @@ def end_in_cell(error: FlaxMagicsError, shell: Any) -> None:
         error.__traceback__ = sys.last_traceback = shell.InteractiveTB.tb = trace
 
 
-def stopped(error: KeyboardInterrupt, doing: str | None, kept: str = "") -> None:
+def stopped(error: KeyboardInterrupt, doing: str | None, remaining: str = "") -> None:
     """Has IPython show an interrupt as one line, since it does not matter where in our code or XLA's it fell.
 
     Args:
       error: the interrupt; the caller raises it again.
       doing: what was being done, such as `compiling net`; None if it was done before the interrupt was noticed.
-      kept: what it leaves, such as `kept: its 300 finished steps`; empty where the session is as it was before.
+      remaining: what it leaves, such as `kept: its 300 finished steps`; empty where the session is as it was before.
     """
     late = "heard only when the command was done, and it counts"
-    said = late if doing is None else f"stopped while {doing}; {kept or 'the session is as it was before'}"
+    said = late if doing is None else f"stopped while {doing}; {remaining or 'the session is as it was before'}"
     error._render_traceback_ = lambda: [f"KeyboardInterrupt: {said}"]  # type: ignore[attr-defined]
 
 

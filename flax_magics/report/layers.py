@@ -93,14 +93,14 @@ def _spell(value: float, digits: int = 3) -> str:
 def tree(layers: Sequence[LayerGradient], name: str) -> GradientRow:
     """The row of the model called `name`, with everything inside folded that repeats."""
     inside: dict[Path, dict[Path, None]] = {}
-    own = {layer.path: layer for layer in layers}
-    for path in own:
+    by_path = {layer.path: layer for layer in layers}
+    for path in by_path:
         for n in range(len(path)):
             inside.setdefault(path[:n], {})[path[: n + 1]] = None
 
     def row(path: Path) -> GradientRow:
         rows = [row(below) for below in sorted(inside.get(path, ()), key=lambda below: natural(below[-1]))]
-        mine = own.get(path)
+        mine = by_path.get(path)
         parts = [*([mine] if mine is not None else []), *(layer for part in rows for layer in part.each)]
         whole = LayerGradient.of_all(parts, path, "" if mine is None else mine.cls)
         return GradientRow(clean(path[-1] if path else name), clean(whole.cls), (whole,), tuple(_fold(rows)))

@@ -239,7 +239,7 @@ class SessionView:
     @property
     def last_curve(self) -> Curve | None:
         """The numbers of the last run, if that was a training."""
-        return None if self._state.runs is None else self._state.runs.kept.facts.trained
+        return None if self._state.runs is None else self._state.runs.last.facts.trained
 
     @property
     def cells(self) -> dict[int, tuple[str, ...]]:

@@ -325,7 +325,7 @@ def _reference(leaf: Leaf) -> Callable[[], Leaf]:
 class RunLog(Struct, frozen=True):
     """Runs as a linked list, newest first. Adding one leaves the list of every earlier State as it was."""
 
-    kept: StoredRun
+    last: StoredRun
     before: RunLog | None
     length: int
 
@@ -338,8 +338,8 @@ class RunLog(Struct, frozen=True):
 def with_newer(chain: RunLog | None, before: StoredRun, after: StoredRun) -> RunLog:
     """The list with `after` in the place of `before`, which is one of its runs; other lists stay as they are."""
     later: list[StoredRun] = []
-    while chain is not None and chain.kept is not before:
-        later.append(chain.kept)
+    while chain is not None and chain.last is not before:
+        later.append(chain.last)
         chain = chain.before
     chain = RunLog.add(None if chain is None else chain.before, after)
     for stored in reversed(later):
@@ -360,7 +360,7 @@ def newest(chain: RunLog | None, n: int) -> list[Run]:
 def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
     """Every run, newest first."""
     while chain is not None:
-        yield chain.kept
+        yield chain.last
         chain = chain.before
 
 

@@ -98,12 +98,12 @@ class State(Struct, frozen=True):
     waiting: Mapping[str, SavedModel] = {}
     """Variables read from a file whose models are not registered yet, by model name."""
 
-    def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
+    def after(self, stored: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
-        root, opened = (self.root, self.opened) if kept.replayed else (self.root.after(draw), opened)
+        root, opened = (self.root, self.opened) if stored.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else with_entry(self.models, entry)
         waiting = self.waiting and self._still_waiting(entry)
-        log = RunLog.add(self.runs, kept)
+        log = RunLog.add(self.runs, stored)
         return replace(self, root=root, models=models, opened=opened, runs=log, waiting=waiting)
 
     def with_variables(self, entry: ModelEntry) -> State:

@@ -180,7 +180,7 @@ class Evaluated:
         bad = [atom for atom in ordered if is_bad(self.top.read(atom))]
         if not bad:
             return "evaluated op by op it is finite, so that it comes of how XLA has joined the operations"
-        culprit = next((found for atom in bad if (found := culprit_of(self.top, atom)) is not None), None)
+        culprit = next(filter(None, (culprit_of(self.top, atom) for atom in bad)), None)
         if culprit is None:
             return ""
         return self._of_input(culprit) if culprit.equation is None else self._of_equation(culprit, culprit.equation)
@@ -237,7 +237,7 @@ class Evaluated:
 
     def _nearest(self, paths: frozenset[Path], places: list[tuple[Level, Atom]]) -> set[Path]:
         """Those of the modules at `paths` that are met first on the way back from `places`."""
-        found: set[Path] = set()
+        nearest: set[Path] = set()
         seen: set[tuple[int, int]] = set()
         while places:
             level, atom = places.pop()
@@ -251,12 +251,12 @@ class Evaluated:
                 inner = level.inner.get(id(equation))
                 path = self.module_of(level, equation)
                 if path in paths:
-                    found.add(path)
+                    nearest.add(path)
                 elif inner is not None:
                     places.append((inner, inner.jaxpr.outvars[n]))
                 else:
                     places += ((level, each) for each in equation.invars)
-        return found
+        return nearest
 
     def _unused(self) -> set[Path]:
         """The modules on whose variables the loss does not depend."""

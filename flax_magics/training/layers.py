@@ -28,18 +28,18 @@ def frozen_modules(loss: Loss, variables: Variables) -> set[Path]:
 
 def _parameters(loss: Loss, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
     kinds = loss.trainable()
-    own = {name: tree for name, tree in variables.items() if name in kinds}
-    for name, path, leaf, _ in loss.iter_variables(own):
+    trainable = {name: tree for name, tree in variables.items() if name in kinds}
+    for name, path, leaf, _ in loss.iter_variables(trainable):
         if name in kinds:
             yield path, leaf
 
 
 def _gradients(gradients: Gradients, loss: Loss) -> dict[Path, list[Leaf]]:
     """The gradient of each parameter that has one, by path; several arrays for a box that holds several."""
-    found: dict[Path, list[Leaf]] = {}
+    by_path: dict[Path, list[Leaf]] = {}
     for path, leaf in loss.rows(gradients.grads):
-        found.setdefault(path, []).extend(jax.tree_util.tree_leaves(leaf))
-    return found
+        by_path.setdefault(path, []).extend(jax.tree_util.tree_leaves(leaf))
+    return by_path
 
 
 def of(gradients: Gradients, loss: Loss, variables: Variables) -> tuple[LayerGradient, ...]:

@@ -171,12 +171,12 @@ class Loss(Struct, frozen=True, eq=False):
 
     def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
         """The net's; a loss is given the session's `rngs` only where it has a parameter of that name."""
-        model, own = self.model.with_rngs(signature, args, kwargs)
+        model, has_rngs = self.model.with_rngs(signature, args, kwargs)
         if "rngs" not in signature.parameters and model.supplied_arguments():
             import dataclasses
 
             model = dataclasses.replace(model, gives_rngs=False)  # type: ignore[type-var]  # an `NnxModel`
-        return replace(self, model=model).as_model(), own
+        return replace(self, model=model).as_model(), has_rngs
 
     def cache_key(self) -> object:
         """The net's and the loss's code together; None where one of them cannot be told."""
@@ -215,8 +215,8 @@ class Loss(Struct, frozen=True, eq=False):
                 return (value, metrics), {}
             (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
             sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}
-            kept = {name: tree for name, tree in updates.items() if name not in sown and name[0] != ARGUMENTS[0]}
-            return Gradients(value, metrics, self.as_users(grads), self.updates(kept, grads)), sown
+            written = {name: tree for name, tree in updates.items() if name not in sown and name[0] != ARGUMENTS[0]}
+            return Gradients(value, metrics, self.as_users(grads), self.updates(written, grads)), sown
 
         return graded
 

@@ -69,10 +69,10 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
         known = f" It was {text} before the load, which runs no code." if optimizer is not None else ""
         message = f"`{entry.name}` has no optimizer: any of optax's is one.{known}"
         raise FlaxMagicsError(message, **written(f"import optax\n{command} --optimizer {text} {call}"))
-    made = optimizer.transformation
-    if not (callable(getattr(made, "init", None)) and callable(getattr(made, "update", None))):
+    transformation = optimizer.transformation
+    if not (callable(getattr(transformation, "init", None)) and callable(getattr(transformation, "update", None))):
         raise FlaxMagicsError(
-            f"--optimizer takes an optax transformation, and `{optimizer.text}` is {kind_of(made)}.",
+            f"--optimizer takes an optax transformation, and `{optimizer.text}` is {kind_of(transformation)}.",
             form=line.replace(optimizer.text, "optax.adamw(…)", 1),
         )
     return replace(options, optimizer=optimizer)

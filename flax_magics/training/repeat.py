@@ -59,8 +59,8 @@ def beginning_of(
     if size > limit:
         return None
     options = replace(options, optimizer=options.optimizer or entry.optimizer, eval=None)
-    kept = entry.without_variables()
-    recipe = TrainRecipe(kept, loss.function, loss.name, options, call.text, taken, structure, pinned)
+    bare_entry = entry.without_variables()
+    recipe = TrainRecipe(bare_entry, loss.function, loss.name, options, call.text, taken, structure, pinned)
     return Beginning(Origin(recipe, list(map(own, leaves))), size, (treedef, list(map(own, inputs))))
 
 

@@ -171,10 +171,10 @@ async def _verify(
 
     started = time.monotonic()
     folder = Path(file).absolute().parent
-    outputs, done, failed = await executed(notebook, folder, timeout, on_cell)
+    outputs, cells_run, failed = await executed(notebook, folder, timeout, on_cell)
     try:
         # A notebook that stopped is compared as far as it ran.
-        verdicts = compare(runs_of(notebook)[:done], runs_of(outputs)[:done], tolerance)
+        verdicts = compare(runs_of(notebook)[:cells_run], runs_of(outputs)[:cells_run], tolerance)
     except FlaxMagicsError as error:
         return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)
     return Result(file, verdicts, failed, time.monotonic() - started, tolerance, other_order(notebook))

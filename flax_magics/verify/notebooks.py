@@ -338,11 +338,11 @@ async def executed(
         )
         gently = False
         try:
-            done, failed = await _run(client, said, on_cell)
+            cells_run, failed = await _run(client, said, on_cell)
             gently = failed is None
         finally:
             await _stop(client, manager, gently)
-    return client.nb, done, failed
+    return client.nb, cells_run, failed
 
 
 def _manager() -> AsyncKernelManager:

@@ -156,7 +156,7 @@ def test_another_result_is_told_leaf_by_leaf(session, monkeypatch):
     other = {"a": np.array(run.output["a"]), "n": np.array(run.output["n"])}
     other["a"][0, 0] = np.nextafter(np.float32(2), np.float32(3))
     other["n"][2] = 7
-    kept = session._state.runs.kept
+    kept = session._state.runs.last
     monkeypatch.setattr(type(kept), "output", lambda self: other)
     of_a = Difference("['a']", 1, 6, float(np.float32(2).item()) * 2.0**-23, 1)
     assert session.replay(1).agreement == Agreement(False, "output", (of_a, Difference("['n']", 1, 3, 5.0)))
