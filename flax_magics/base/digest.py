@@ -13,7 +13,7 @@ import numpy as np
 from .types import HostArray, Leaf, PyTree
 
 
-def own(leaf: Leaf) -> Leaf:
+def owned_copy(leaf: Leaf) -> Leaf:
     """A copy of a NumPy array, since its owner may write into it later; any other leaf itself."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 

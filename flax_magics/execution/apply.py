@@ -11,7 +11,7 @@ from types import FrameType
 import jax
 from msgspec.structs import replace
 
-from ..base.digest import bytes_of, own
+from ..base.digest import bytes_of, owned_copy
 from ..base.measures import Timing, devices_of
 from ..base.threads import all_ready, smallest
 from ..code.library import library
@@ -119,7 +119,7 @@ def apply_model(
     recipe = recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     # NumPy arrays are copied: the user may write into them before a replay.
-    stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
+    stored = StoredRun(run, Origin(recipe, list(map(owned_copy, leaves))), recipe.size)
     outcome = Outcome(run, stored, draw, after, write=write, commit=commit if options.keeps else None)
     return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from ..base.digest import own
+from ..base.digest import owned_copy
 from ..base.measures import Timing
 from ..base.output import SMALL as COPIED
 from ..base.output import Floats, any_nan, floats_in, has_nan
@@ -204,10 +204,10 @@ class LastRun:
                 origin = earlier
         # NumPy arrays are copied: the user may write into them.
         if origin is None:
-            origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
+            origin = Origin(recipe, list(map(owned_copy, inputs.leaves)) if fresh else inputs.leaves)
         if leaves is None:
             values, treedef = jax.tree_util.tree_flatten((args, inputs.kwargs))
-            leaves = treedef, list(map(own, values))
+            leaves = treedef, list(map(owned_copy, values))
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return origin, leaves, size
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from msgspec import Struct
 
-from ..base.digest import own
+from ..base.digest import owned_copy
 from ..base.threads import Assignment
 from ..base.types import Leaf, PyTree
 from ..code.contents import static_data
@@ -43,7 +43,7 @@ def _own(value: Leaf) -> Leaf:
     """The value, copied if it is a NumPy array, which an eager run could change in place. Remembers other types."""
     if not isinstance(value, np.ndarray):
         _NO_NUMPY.add(type(value))
-    return own(value)
+    return owned_copy(value)
 
 
 class Same:

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec.structs import asdict, replace
 
 from ..base import __version__
-from ..base.digest import count_parameters, is_key, own
+from ..base.digest import count_parameters, is_key, owned_copy
 from ..base.files import Damaged, convert, loads
 from ..base.measures import Cost, Limits, Memory, Timing
 from ..base.output import OutputFacts, Spread, Values
@@ -186,7 +186,7 @@ def _own(tree: PyTree) -> PyTree:
         return {key: _own(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(map(_own, tree))
-    return own(tree) if isinstance(tree, (np.ndarray, jax.Array)) else jax.tree_util.tree_map(own, tree)
+    return owned_copy(tree) if isinstance(tree, (np.ndarray, jax.Array)) else jax.tree_util.tree_map(owned_copy, tree)
 
 
 @lru_cache(maxsize=1)

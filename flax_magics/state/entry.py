@@ -11,7 +11,7 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import bytes_of, is_gone, own
+from ..base.digest import bytes_of, is_gone, owned_copy
 from ..base.types import Leaf, PyTree
 from ..code.contents import static_data
 from ..compile.cache import Program
@@ -394,7 +394,7 @@ class Replaced:
         nothing: Any = SimpleNamespace(pinned=())  # in place of a recipe, of which only `pinned` is read
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
         self.inputs: tuple[object, list[Leaf]] | None = (None, [])
-        self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
+        self.origin: Origin | None = Origin(nothing, list(map(owned_copy, leaves)))
         self.size = sum(map(bytes_of, leaves))
 
     @property

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import all_words, describe, digest_of, is_gone, own
+from ..base.digest import all_words, describe, digest_of, is_gone, owned_copy
 from ..base.measures import Memory, Timing
 from ..base.output import OutputFacts, sample_of
 from ..base.types import Leaf, PyTree
@@ -77,7 +77,7 @@ class StoredRun:
         self._weak = _weakly(run.inputs) if origin is None else None
         if origin is not None and inputs is None:
             leaves, treedef = jax.tree_util.tree_flatten(run.inputs)
-            self.inputs = treedef, list(map(own, leaves))
+            self.inputs = treedef, list(map(owned_copy, leaves))
 
     @property
     def facts(self) -> Run:

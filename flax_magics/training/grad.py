@@ -13,7 +13,7 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import own
+from ..base.digest import owned_copy
 from ..base.types import PyTree, Record
 from ..code.library import library
 from ..compile.cache import Services
@@ -163,7 +163,7 @@ def grad_model(
     run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in ready.read])))
     recipe = record.recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
-    stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
+    stored = StoredRun(run, Origin(recipe, list(map(owned_copy, leaves))), recipe.size)
     after = _learned(execution, entry, loss)
     keys = dict(notes.keys_in(execution.arguments, services.seen, ()))
     outcome = record.Outcome(run, stored, draw, after, committed=partial(services.seen.went_into, draw, keys.values()))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from msgspec.structs import replace
 
-from ..base.digest import bytes_of, own
+from ..base.digest import bytes_of, owned_copy
 from ..base.types import PyTree
 from ..code.fingerprint import Fingerprint
 from ..compile.cache import Services
@@ -61,7 +61,7 @@ def beginning_of(
     options = replace(options, optimizer=options.optimizer or entry.optimizer, eval=None)
     bare_entry = entry.without_variables()
     recipe = TrainRecipe(bare_entry, loss.function, loss.name, options, call.text, taken, structure, pinned)
-    return Beginning(Origin(recipe, list(map(own, leaves))), size, (treedef, list(map(own, inputs))))
+    return Beginning(Origin(recipe, list(map(owned_copy, leaves))), size, (treedef, list(map(owned_copy, inputs))))
 
 
 def goes_on_as(recipe: TrainRecipe, loss: Loss, call: Call, options: TrainOptions) -> bool:
