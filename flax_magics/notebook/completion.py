@@ -154,10 +154,9 @@ def _choices(takes: str, rest: str, text: str, names: Names) -> list[str]:
         case "call" | "model":
             choices = models
         case "assignment":
-            instances = [name for name, value in values.items() if _is_model(value) and not isinstance(value, type)]
-            classes = [
-                cls for cls in values.values() if _is_model(cls) and isinstance(cls, type) and not _is_flaxs(cls)
-            ]
+            instances = [name for name, value in values.items() if _is_instance(value)]
+            classes = [value for value in values.values() if _is_model(value) and isinstance(value, type)]
+            classes = [cls for cls in classes if cls.__module__.partition(".")[0] != "flax"]
             instances.sort(key=lambda name: name in models)
             choices = [*instances, *models, *(f"{variable_name(cls.__name__)} = {cls.__name__}(" for cls in classes)]
         case "stream":
@@ -264,10 +263,6 @@ def _is_model(value: object) -> bool:
 def _is_instance(value: object) -> bool:
     """Whether `value` is a Flax module, the first argument of a loss."""
     return _is_model(value) and not isinstance(value, type)
-
-
-def _is_flaxs(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "flax"
 
 
 class Matcher:
