@@ -24,8 +24,8 @@ IN_CELL = "line {line} of this cell"
 """Where a syntax error is. Ours, because for a magic's SyntaxError IPython would show all frames down to the parser."""
 
 
-def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> tuple[str, ...]:
-    """Runs the body of a cell magic in the user's namespace, as an ordinary cell.
+def run_body(shell: Any, body: str, line: str) -> tuple[str, ...]:
+    """Runs the body of a `%%flaxmodel` cell in the user's namespace, as an ordinary cell.
 
     Magics and `!commands` work, expressions are displayed as `ast_node_interactivity` says, `__future__` imports hold
     for later cells, and tracebacks and `inspect.getsource` show the user's text with the cell's own line numbers.
@@ -33,8 +33,7 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
     Args:
       shell: an `InteractiveShell`.
       body: the lines below the magic line.
-      line: the text of the magic line after `command`.
-      command: the magic, such as `%%flaxmodel`.
+      line: the text of the magic line after the command.
 
     Returns:
       The names that it assigned at the top level and that are bound now, in order of first appearance.
@@ -43,7 +42,7 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
       FlaxMagicsError: the body is no Python, or awaits; nothing of it has run.
       Exception: whatever a statement of the body raises; those before it have run.
     """
-    cell = _read(shell, body, f"{command} {line}".rstrip())
+    cell = _read(shell, body, f"%%flaxmodel {line}".rstrip())
     _run(shell, cell.tree.body, cell, shell.ast_node_interactivity)
     return tuple(name for name in assigned_names(cell.tree) if name in shell.user_ns)
 
@@ -53,7 +52,7 @@ def run_statements_with_call(
 ) -> tuple[CallExpression, Callable[[Any], None] | None]:
     """Runs all statements of a body but the last, which must be a call with or without assignment.
 
-    Arguments and errors are those of `run_body`; the last statement is read before anything runs.
+    Arguments and errors are those of `run_body`, and `command` is the magic; the last statement is read before anything runs.
 
     Returns:
       The call, quiet if the body ends in `;`; and a function that assigns its value, None for a call alone.

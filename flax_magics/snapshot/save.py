@@ -237,10 +237,9 @@ class Autosave:
     Args:
       path: of the file, absolute.
       last: what was written there last.
-      clock: returns seconds.
     """
 
-    def __init__(self, path: Path, last: Saved, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, last: Saved) -> None:
         self.path = path
         self.last = last
         """What was written last, with the path as the user gave it."""
@@ -248,7 +247,6 @@ class Autosave:
         """Why the last write failed, None if it succeeded."""
         # The error that the user was told last.
         self._told: str | None = None
-        self._clock = clock
         self._history = WrittenRuns(digest=False)
         self._sources: dict[str, tuple[object, str]] = {}
         self._worker = Workers(1)
@@ -299,9 +297,9 @@ class Autosave:
     def _work(self) -> None:
         if not self._pending:  # an earlier job wrote it already
             return
-        start = self._clock()
+        start = time.monotonic()
         self._write(*self._pending.pop())
-        self._rest(REST * (self._clock() - start))
+        self._rest(REST * (time.monotonic() - start))
 
     def _write(self, snapshot: Snapshot, state: State) -> None:
         try:
@@ -316,8 +314,8 @@ class Autosave:
 
     def _rest(self, seconds: float) -> None:
         """Waits up to a minute; ends early if somebody flushes, or if Python is about to exit."""
-        end = self._clock() + min(seconds, 60.0)
+        end = time.monotonic() + min(seconds, 60.0)
         main = threading.main_thread()
-        while main.is_alive() and self._clock() < end and not self._hurry.is_set():
+        while main.is_alive() and time.monotonic() < end and not self._hurry.is_set():
             # In short steps, because the end of the main thread wakes nobody.
-            self._hurry.wait(max(0.0, min(0.05, end - self._clock())))
+            self._hurry.wait(max(0.0, min(0.05, end - time.monotonic())))

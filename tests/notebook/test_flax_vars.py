@@ -166,20 +166,6 @@ def test_nnx_gives_its_state_and_takes_it_into_the_object(notebook):
     notebook(write_of(out))
 
 
-# -- an init over weights that were more than an init's own
-
-
-def test_the_line_that_the_init_prints_brings_them_back(net):
-    net(f"%flax_vars -q net = {DOUBLE}")
-    given = net.session.models["net"].variables
-    out = net("%flax_init net(x);")
-    assert "! this init replaced weights of net: set in cell [" in out
-    assert write_of(out) == "%flax_vars net = flax_magics.session().models['net'].previous"
-    assert "flax_magics" not in net.shell.user_ns
-    net(write_of(out))
-    assert bits(net.session.models["net"].variables) == bits(given)
-
-
 # -- a loop by hand, and a run with the session's own
 
 

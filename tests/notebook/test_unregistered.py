@@ -52,7 +52,6 @@ def test_where_the_run_fails_nothing_is_registered(notebook: Any) -> None:
     notebook.fails("%flax_init net()")
     assert dict(notebook.session.models) == {}
     assert notebook.session.draws == 0
-    assert notebook.fails("%flax_vars net") == "FlaxMagicsError: `net` is not registered yet.\n  write: %flaxmodel net"
 
 
 def test_a_summary_registers_nothing(notebook: Any) -> None:

@@ -287,10 +287,6 @@ def test_the_optimizer_stays_with_the_net():
             {"resume": True},
             "`net` has no training to go on with: no step of one is finished, or others took its weights.",
         ),
-        (
-            {"optimizer": optax.sgd(0.1), "steps": 1, "freeze": "*"},
-            "there is no parameter of the net to take gradients by: all of them are frozen.",
-        ),
     ],
 )
 def test_a_mistake_is_told_in_one_message_and_changes_nothing(options, message):
