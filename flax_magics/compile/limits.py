@@ -97,8 +97,7 @@ def memory_of(executable: Executable) -> Memory | None:
 
 def cost_of(executable: Executable) -> Cost | None:
     """XLA's cost analysis of a compiled program, per run and device; None where the backend has none."""
-    counts = _told(executable, "cost_analysis")
-    counts = counts[0] if isinstance(counts, list) and counts else counts or {}  # a list in some versions of JAX
+    counts = _told(executable, "cost_analysis") or {}
     flops, moved = (max(float(counts.get(name) or 0), 0.0) for name in ("flops", "bytes accessed"))
     return Cost(flops, moved, _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
 

@@ -112,11 +112,8 @@ def signature_of(leaf: object) -> tuple[Any, ...]:
     The sharding is None unless the user placed the array (it is committed).
     """
     if isinstance(leaf, jax.Array):
-        committed = getattr(leaf, "committed", None)
-        if committed is None:  # older JAX has the private attribute only
-            committed = getattr(leaf, "_committed", False)
         # A key array has no weak type.
-        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding if committed else None
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding if leaf.committed else None
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.shape, leaf.dtype, False, None
     if isinstance(leaf, jax.ShapeDtypeStruct):  # a variable that an init is still computing

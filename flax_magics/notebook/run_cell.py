@@ -52,7 +52,7 @@ def run_statements_with_call(
 ) -> tuple[CallExpression, Callable[[Any], None] | None]:
     """Runs all statements of a body but the last, which must be a call with or without assignment.
 
-    Arguments and errors are those of `run_body`, and `command` is the magic; the last statement is read before anything runs.
+    Arguments and errors are those of `run_body`; `command` is the magic. The last statement is read before anything runs.
 
     Returns:
       The call, quiet if the body ends in `;`; and a function that assigns its value, None for a call alone.

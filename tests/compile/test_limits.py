@@ -46,8 +46,8 @@ def test_a_loop_over_numbers_is_said_and_one_for_random_bits_is_not():
 def test_a_backend_that_does_not_count_gives_nothing():
     assert cost_of(SimpleNamespace(cost_analysis=Mock(side_effect=NotImplementedError))) is None
     assert cost_of(SimpleNamespace(cost_analysis=dict)) is None
-    assert cost_of(SimpleNamespace(cost_analysis=lambda: [{"flops": -1.0}], as_text=str)) is None
-    assert cost_of(SimpleNamespace(cost_analysis=lambda: [{"flops": 4.0}], as_text=str)) == Cost(4.0, 0.0)
+    assert cost_of(SimpleNamespace(cost_analysis=lambda: {"flops": -1.0}, as_text=str)) is None
+    assert cost_of(SimpleNamespace(cost_analysis=lambda: {"flops": 4.0}, as_text=str)) == Cost(4.0, 0.0)
 
 
 def test_the_machine_is_measured_once_for_a_device_a_dtype_and_the_settings():
