@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..state.budget import ReplayBudget
     from ..state.entry import ModelEntry
     from ..state.state import State
+    from .record import Progress
     from .repeat import Beginning
-    from .train import Progress
 
 
 class LossMethods:

@@ -26,7 +26,8 @@ from .grad import LossCall, grad_model
 from .loss import METHOD, Loss
 from .nets import loss_of
 from .options import data_text
-from .train import Progress, Trainer
+from .record import Progress
+from .train import Trainer
 
 
 class Beginning(NamedTuple):
