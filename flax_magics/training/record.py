@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -19,7 +19,7 @@ from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, ExportFacts, Note, Run
 from ..state.entry import ModelEntry, NnxEntry, by_kind
 from ..state.state import State
-from ..state.training import Training, TrainOptions
+from ..state.training import CodeDigests, Training, TrainOptions
 from ..state.weights import WeightSource
 from .grad import LossCall
 from .loss import METHOD
@@ -36,6 +36,7 @@ class Progress(Struct, frozen=True):
       draw: the draw of it all.
       write: writes the variables into the user's NNX module; None for linen.
       resumed: it went on with an earlier training, whose Run it takes the place of.
+      changes: see `Training`.
     """
 
     run: Run
@@ -43,6 +44,7 @@ class Progress(Struct, frozen=True):
     draw: Draw
     write: Callable[[], None] | None
     resumed: bool
+    changes: tuple[str, ...]
 
 
 class TrainingRecord(Struct, frozen=True, eq=False):
@@ -59,6 +61,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
       arrays: its data are arrays, and no iterable of batches.
       resumed: what it goes on with; None for a new training.
       started: when it began, as `time.time` has it.
+      inputs, changes, code: see `Training`.
     """
 
     state: State
@@ -74,6 +77,9 @@ class TrainingRecord(Struct, frozen=True, eq=False):
     resumed: Training | None
     started: float
     spelling: ExportFacts
+    inputs: Mapping[str, str]
+    changes: tuple[str, ...]
+    code: CodeDigests
 
     def progress(
         self,
@@ -95,8 +101,9 @@ class TrainingRecord(Struct, frozen=True, eq=False):
         entry = self._entry_after(state, curve, final=final)
         output = self.step.loss.as_users(values) if final else RELEASED
         run = self._run(curve, output, entry, notes=notes, program=program, timing=timing, device=devices_of(values))
-        run = begun_as(run, None if self.resumed is None else self.state.runs)
-        return Progress(run, entry, ready.request.draw.first, _write(entry, ready, values), self.resumed is not None)
+        resumed = self.resumed is not None
+        run = begun_as(run, self.state.runs if resumed else None)
+        return Progress(run, entry, ready.request.draw.first, _write(entry, ready, values), resumed, self.changes)
 
     def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
         """The net's entry after the finished steps."""
@@ -115,6 +122,9 @@ class TrainingRecord(Struct, frozen=True, eq=False):
             eval=options.eval_text,
             freeze=options.freeze,
             group=curve.group,
+            inputs=self.inputs,
+            changes=self.changes,
+            code=self.code,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in loss.written(self.traced.trace)}

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing
-from ..base.text import plural
+from ..base.text import clean, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -44,7 +44,7 @@ from .loss import Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
-from .resumption import fitted_state, notes_of_resumed
+from .resumption import changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
 from .step import Step
 
 STILL = 50
@@ -132,6 +132,14 @@ class Trainer:
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
+        assert options.optimizer is not None
+        code, inputs = code_of(ready.entry, ready.loss, options.optimizer), inputs_of(ready.loss, call, options.eval)
+        changes: tuple[str, ...] = ()
+        if resumed is not None:
+            changes = (
+                *map(clean, resumed.changes),
+                *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+            )
         bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
         self.record = TrainingRecord(
             state=state,
@@ -147,6 +155,9 @@ class Trainer:
             resumed=resumed,
             started=started,
             spelling=by_hand.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
+            inputs=inputs,
+            changes=changes,
+            code=code,
         )
         self.notes = (*said, *self._notes())
 
@@ -264,7 +275,8 @@ class Trainer:
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
+            remarks += notes_of_resumed(self.resumed, self.options, exact=self.data.exact)
+            remarks += (Note("resume", change) for change in self.record.changes)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
