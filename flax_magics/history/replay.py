@@ -157,7 +157,7 @@ class Replaying(Struct, frozen=True):
         if facts.kind.trains and origin is None and not stored.size:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: what it began with was never kept. That may be an iterator, a session in a"
-                f" file, or more than {bytes_(self.limit)}."
+                f" file, a training that went on with other data, weights or code, or more than {bytes_(self.limit)}."
             )
         if origin is None or stored.inputs is None:
             raise FlaxMagicsError(

@@ -418,5 +418,5 @@ gradient: a layer has no gradient, and why.
 constant: another net in the call of a loss gets no gradient.
 still: the loss of a training has not moved in its last 50 steps.
 stopped: a training has ended before its last step, and the line that goes on with it.
-resume: a training goes on with an iterable that may give other batches than before.
+resume: a training goes on with other data, weights or code than it had, or with an iterable that may give other batches.
 """

@@ -24,6 +24,21 @@ class Optimizer(Struct, frozen=True, eq=False):
     transformation: Any
 
 
+class CodeDigests(Struct, frozen=True):
+    """What tells in this process whether a training is still made of the same code; None for what cannot be told.
+
+    Attributes:
+      loss, net: with all that they read.
+      optimizer: with its numbers and schedules.
+      settings: those of JAX and Flax, see `compiler.settings`.
+    """
+
+    loss: bytes | None
+    net: bytes | None
+    optimizer: bytes | None
+    settings: tuple[object, ...]
+
+
 class Training(Struct, frozen=True, eq=False):
     """A training after its last finished step; variables and optimizer are those of the model's entry.
 
@@ -38,6 +53,9 @@ class Training(Struct, frozen=True, eq=False):
       freeze: patterns of parameters that stay as they are.
       group: how many steps one program does, on a grid counted from step 0.
       curve: what it has given so far; it has the number of finished steps.
+      inputs: place in the call, such as `0['x']` → dtype, shape and a digest of what the steps were given there.
+      changes: what was otherwise when it went on, in words, one for each: without any it is as if it had never stopped.
+      code: of its last part; None after a load.
     """
 
     draw: Draw
@@ -51,6 +69,9 @@ class Training(Struct, frozen=True, eq=False):
     eval: str = ""
     freeze: tuple[str, ...] = ()
     group: int = 1
+    inputs: Mapping[str, str] = {}
+    changes: tuple[str, ...] = ()
+    code: CodeDigests | None = None
 
     @property
     def step(self) -> int:
@@ -95,6 +116,8 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
     stopped: str
     task: Task
+    inputs: Mapping[str, str] = {}
+    changes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:
@@ -107,4 +130,4 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
         """The training; nodes of the optimizer's state stay opaque until an optimizer says what to make of them."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__} | self.trees
         curve = Curve(**{name: fields[name] for name in Curve.__struct_fields__})
-        return Training(**{name: fields[name] for name in Training.__struct_fields__ if name != "curve"}, curve=curve)
+        return Training(**{name: fields[name] for name in Training.__struct_fields__ if name in fields}, curve=curve)

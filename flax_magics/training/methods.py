@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..state.budget import ReplayBudget
     from ..state.entry import ModelEntry
     from ..state.state import State
+    from .record import Progress
     from .repeat import Beginning
-    from .train import Progress
 
 
 class LossMethods:
@@ -225,7 +225,8 @@ class Committing:
           FlaxMagicsError: after it: another thread has given the net other variables.
         """
         session, run, entry = self._session, progress.run, progress.entry
-        if self._last is None and progress.resumed:
+        # With other data or weights meanwhile it could not be done again from its beginning.
+        if self._last is None and progress.resumed and not progress.changes:
             self._begun = self._resumed(run)
         stored = StoredRun(run) if self._begun is None else StoredRun(run, *self._begun)
         with uninterrupted(), session._committing:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..base.digest import bytes_of, owned_copy
 from ..base.types import PyTree
-from ..code.fingerprint import Fingerprint
+from ..code.fingerprint import Fingerprint, fingerprint
 from ..compile.cache import Services
 from ..execution.call import Call
 from ..rng.keys import Draw, RootKey, RunKeys, SeenKeys, StepDraw
@@ -26,7 +26,8 @@ from .grad import LossCall, grad_model
 from .loss import METHOD, Loss
 from .nets import loss_of
 from .options import data_text
-from .train import Progress, Trainer
+from .record import Progress
+from .train import Trainer
 
 
 class Beginning(NamedTuple):
@@ -66,12 +67,10 @@ def beginning_of(
 
 def goes_on_as(recipe: TrainRecipe, loss: Loss, call: Call, options: TrainOptions) -> bool:
     """Whether a training that is resumed has the loss, the call and the optimizer that it began with."""
-    began, optimizer = recipe.options.optimizer, options.optimizer
+    began, optimizer, same_optimizer = recipe.options.optimizer, options.optimizer, True
     if optimizer is not None and began is not None and optimizer.transformation is not began.transformation:
-        # The same text makes the same optimizer again, unless it is a name, which may stand for another by now.
-        same_optimizer = optimizer.text == began.text and "(" in optimizer.text
-    else:
-        same_optimizer = True
+        digest = fingerprint(optimizer.transformation)
+        same_optimizer = digest is not None and digest == fingerprint(began.transformation)
     code = Fingerprint(recipe.function).digest()
     same_loss = recipe.function is loss.function or (code is not None and code == Fingerprint(loss.function).digest())
     return same_optimizer and same_loss and recipe.call == call.text

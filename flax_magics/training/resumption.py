@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from msgspec.structs import replace
 
-from ..base.digest import alike
+from ..base.digest import alike, describe, is_key
 from ..base.text import clean, plural
-from ..base.types import PyTree
+from ..base.types import Leaf, PyTree
+from ..code.fingerprint import Fingerprint, fingerprint
+from ..compile.compiler import settings
 from ..errors import FlaxMagicsError
+from ..execution.call import Call
+from ..line.expression import positional_names
 from ..run import ExportFacts, Note, Run
 from ..state.entry import ModelEntry
 from ..state.models import differences
 from ..state.runs import RunLog, of_draw
-from ..state.training import Optimizer, Training, TrainOptions
+from ..state.training import CodeDigests, Optimizer, Training, TrainOptions
 from ..state.trees import Differs, graft
+from .data import is_arrays
+from .loss import METHOD, Loss
+from .options import data_text
+
+READ = 1 << 24
+"""The most bytes that are read of an array, to tell whether it is the one of before."""
+DIGEST = " #"
+"""Stands between the kind of an array and the digest of its values."""
+ARGUMENT = re.compile(r"--eval|[^\W\d]\w*|")
+"""The argument at the beginning of a place."""
+WHAT = {"": "it goes on with other data", "--eval": "it looks at other data"}
 
 
 def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, line: str) -> PyTree:
@@ -52,17 +71,140 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
     return state
 
 
-def notes_of_resumed(training: Training, entry: ModelEntry, options: TrainOptions, *, exact: bool) -> Iterator[Note]:
-    """Notes on what is otherwise than it would be without the stop; `exact`: batches are a function of the step."""
+def notes_of_resumed(training: Training, options: TrainOptions, *, exact: bool) -> Iterator[Note]:
+    """Notes on what `--resume` cannot know, or was not told; `exact`: batches are a function of the step."""
     if not exact:
         text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
         yield Note("resume", text)
-    looked_at, source = training.curve.task.eval, entry.source_now()
+    looked_at = training.curve.task.eval
     if looked_at and options.eval is None:
         text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"
         yield Note("resume", text)
+
+
+def code_of(entry: ModelEntry, loss: Loss, optimizer: Optimizer) -> CodeDigests:
+    """Digests of what the steps of a training are made of; `loss`: of the entry's net."""
+    return CodeDigests(
+        loss=Fingerprint(loss.function).digest(),
+        net=entry.model.code(),
+        optimizer=fingerprint(optimizer.transformation),
+        settings=settings(),
+    )
+
+
+def inputs_of(loss: Loss, call: Call, looks: PyTree) -> dict[str, str]:
+    """`Training.inputs` of a call, whose arguments are those after the net.
+
+    The places in the data have no name before them, those in other arguments that of the loss's parameter, and those in
+    the `--eval` data, `looks`, that of the option. Iterables are left out: only going through them would tell.
+    """
+    data, *rest = call.args
+    names = positional_names(loss.signature(METHOD), len(call.args))[1:]
+    kinds: dict[str, str] = {}
+    for name, batches in (("", data), ("--eval", looks)):
+        if is_arrays(batches):
+            kinds |= _kinds_in(name, batches)
+        elif isinstance(batches, (list, tuple)):
+            kinds[name] = f"{len(batches)} batches{_digest(jax.tree_util.tree_leaves(batches))}"
+    for name, argument in (*zip(names, rest, strict=False), *call.kwargs.items()):
+        kinds |= _kinds_in(name, argument)
+    return kinds
+
+
+def _kinds_in(name: str, tree: PyTree) -> dict[str, str]:
+    rows = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {f"{name}{jax.tree_util.keystr(path)}": f"{_kind(leaf)}{_digest([leaf])}" for path, leaf in rows}
+
+
+def _kind(leaf: Leaf) -> str:
+    """Dtype and shape of an array, any other leaf as it is written."""
+    dtype = _dtype(leaf)
+    return describe(leaf if dtype is None else jax.ShapeDtypeStruct(leaf.shape, dtype))
+
+
+def _dtype(leaf: Leaf) -> Any:
+    """The dtype that JAX gives a NumPy array, so that its numbers are the same data as a JAX array's; None for others."""
+    numbers = isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufc"
+    return jax.dtypes.canonicalize_dtype(leaf.dtype) if numbers else None
+
+
+def _digest(leaves: list[Leaf]) -> str:
+    """A digest of arrays to stand behind their kind: of all rows up to `READ` bytes, else of some; empty for others."""
+    hasher = hashlib.sha256()
+    try:
+        for leaf in leaves:
+            array = jax.random.key_data(leaf) if is_key(leaf) else leaf
+            every = -(-array.nbytes * len(leaves) // READ)
+            array = np.asarray(array[::every] if every > 1 and array.ndim else array)
+            hasher.update(array.astype(_dtype(array) or array.dtype, copy=False).tobytes())
+    except Exception:  # no array, or one whose values are not here
+        return ""
+    return f"{DIGEST}{hasher.hexdigest()[:16]}" if leaves else ""
+
+
+def changes_of(
+    training: Training,
+    entry: ModelEntry,
+    call: Call,
+    options: TrainOptions,
+    *,
+    code: CodeDigests,
+    inputs: Mapping[str, str],
+) -> Iterator[str]:
+    """What is otherwise than when the training stopped, in words; `entry`, `code` and `inputs` are those of now."""
+    after, name = f"after {plural(training.step, 'step')}", entry.name
+    yield from (f"{after} {what}" for what in _other_inputs(training, call, options, inputs))
+    source, held = entry.source_now(), entry.held
     if source is not None and source.changed:
-        yield Note("resume", f"the weights of {entry.name} were changed by your code since: it goes on with these")
+        yield f"{after} the weights of {name} were changed by your code: it goes on with these"
+    elif source is not None and held is not None:
+        of_one = {kind: replace(source, marks={kind: mark}) for kind, mark in source.marks.items()}
+        others = [kind for kind, alone in of_one.items() if alone.now(held, ()).changed]
+        if others:
+            yield f"{after} another run updated {' and '.join(others)} of {name}: it goes on with that"
+    loss, earlier = (text.partition("(")[0] for text in (call.text, clean(training.call)))
+    before = training.code or code  # a file has none
+    if loss != earlier and (before is code or before.loss != code.loss):
+        yield f"{after} it goes on with another loss: `{loss}` for `{earlier}`"
+    elif before.loss != code.loss:
+        yield f"{after} it goes on with another loss: `{loss}` was edited, or what it reads is other now"
+    if before.net != code.net:
+        yield f"{after} it goes on with another net: the code of {name} was edited, or what it reads is other now"
+    if before.settings != code.settings:
+        yield f"{after} JAX or Flax is set otherwise than before: its precision, its devices, its flags or the like"
+    optimizer, last = clean(options.optimizer.text if options.optimizer else ""), clean(training.curve.task.optimizer)
+    if before.optimizer != code.optimizer or (before is code and optimizer != last):
+        what = f"{optimizer} for {last}" if optimizer != last else f"{optimizer} has other numbers or functions now"
+        yield f"{after} it goes on with another optimizer: {what}"
+
+
+def _other_inputs(training: Training, call: Call, options: TrainOptions, inputs: Mapping[str, str]) -> Iterator[str]:
+    """What of the arguments is otherwise: a text each for the data, those of `--eval`, and the others."""
+    before = training.inputs or inputs
+    written = {"": data_text(call.text), "--eval": options.eval_text}
+    texts: dict[str, list[str]] = {}
+    for argument in dict.fromkeys(ARGUMENT.match(place)[0] for place in (*before, *inputs)):  # type: ignore[index]
+        old, new = (
+            {place: kind for place, kind in kinds.items() if ARGUMENT.match(place)[0] == argument}  # type: ignore[index]
+            for kinds in (before, inputs)
+        )
+        if argument == "--eval" and not (old and new):  # what it no longer looks at is told elsewhere
+            continue
+        name = written.get(argument, argument)
+        what = texts.setdefault(WHAT.get(argument, "it goes on with other arguments"), [])
+        if old.keys() != new.keys():
+            what.append(f"`{name}` is put together otherwise")
+            continue
+        for place, kind in new.items():
+            (kind, _, digest), (kind_before, _, digest_before) = kind.partition(DIGEST), old[place].partition(DIGEST)
+            leaf = f"`{name}{place.removeprefix(argument)}`"
+            if kind != kind_before:
+                what.append(f"{leaf} is {kind}, and was {clean(kind_before)}")
+            elif digest and digest_before and digest != digest_before:
+                what.append(f"{leaf} has other values")
+    for begin, what in texts.items():
+        if what:
+            yield f"{begin}: {', '.join(what[:4])}" + (f", and {len(what) - 4} more" if len(what) > 4 else "")
 
 
 def begun_as(run: Run, runs: RunLog | None) -> Run:

@@ -10,13 +10,12 @@ from typing import cast
 import jax
 import numpy as np
 from flax.core import unfreeze
-from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
-from ..base.measures import Timing, devices_of
-from ..base.text import join, plural
+from ..base.measures import Timing
+from ..base.text import clean, plural
 from ..base.threads import Interrupts
 from ..base.types import PyTree
 from ..compile.cache import Services
@@ -28,9 +27,8 @@ from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
 from ..models.base import MissingVariables
 from ..models.calls import Arguments
-from ..rng.keys import Draw, RunKeys
-from ..run import RELEASED, Note, Run
-from ..state.entry import ModelEntry, NnxEntry, by_kind
+from ..run import Note, Run
+from ..state.entry import ModelEntry
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
@@ -42,11 +40,12 @@ from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
-from .loss import METHOD, Loss
+from .loss import Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
-from .resumption import begun_as, fitted_state, notes_of_resumed
-from .step import Step, TrainState
+from .record import Progress, TrainingRecord
+from .resumption import changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
+from .step import Step
 
 STILL = 50
 """After so many steps of the same loss something is wrong."""
@@ -54,24 +53,6 @@ OFTEN = 0.05
 """Seconds between two commits of finished steps, at least."""
 SHOWN = 0.5
 """Seconds between two calls of `on_progress`, at least."""
-
-
-class Progress(Struct, frozen=True):
-    """Finished steps, for the session to commit.
-
-    Attributes:
-      run: what has happened so far.
-      entry: the net's new entry.
-      draw: the draw of it all.
-      write: writes the variables into the user's NNX module; None for linen.
-      resumed: it went on with an earlier training, whose Run it takes the place of.
-    """
-
-    run: Run
-    entry: ModelEntry
-    draw: Draw
-    write: Callable[[], None] | None
-    resumed: bool
 
 
 def train_model(
@@ -140,20 +121,44 @@ class Trainer:
         resumed: Training | None,
         commit: Callable[[Progress], None],
     ) -> None:
-        self.state, self.ready, self.call, self.options, self.data = state, ready, call, options, data
+        self.ready, self.call, self.options, self.data = ready, call, options, data
         self.resumed, self.commit = resumed, commit
         self.request, self.services = ready.request, ready.request.services
         self.draw, self.name = ready.request.draw.first, ready.entry.name
-        self.started = time.time()
+        started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
         self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
-        written = self.loss.written(self.traced.trace)
-        bound = self.request.bound
-        self.spelling = by_hand.facts_of_training(bound, self.variables, self.traced, written, taken=self.taken)
+        assert options.optimizer is not None
+        code, inputs = code_of(ready.entry, ready.loss, options.optimizer), inputs_of(ready.loss, call, options.eval)
+        changes: tuple[str, ...] = ()
+        if resumed is not None:
+            changes = (
+                *map(clean, resumed.changes),
+                *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+            )
+        bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
+        self.record = TrainingRecord(
+            state=state,
+            ready=ready,
+            call=call,
+            options=options,
+            variables=self.variables,
+            traced=self.traced,
+            step=self.step,
+            taken=self.taken,
+            streams=tuple(self.keys),
+            arrays=isinstance(data, ArrayData),
+            resumed=resumed,
+            started=started,
+            spelling=by_hand.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
+            inputs=inputs,
+            changes=changes,
+            code=code,
+        )
         self.notes = (*said, *self._notes())
 
     # -- before the first step
@@ -270,7 +275,8 @@ class Trainer:
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
+            remarks += notes_of_resumed(self.resumed, self.options, exact=self.data.exact)
+            remarks += (Note("resume", change) for change in self.record.changes)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -367,95 +373,17 @@ class Trainer:
         Args:
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
         """
-        loop, ready = self.loop, self.ready
-        task = replace(self.task, takes_loss=self.programs.step.takes_loss)
-        curve, state = replace(loop.curve, task=task), loop.state
-        entry = self._entry_after(state, curve, final=final)
-        values = dict(state.variables)
-        output = self.loss.as_users(values) if final else RELEASED
-        run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
+        loop, programs = self.loop, self.programs
+        task = replace(self.task, takes_loss=programs.step.takes_loss)
+        curve, timing = replace(loop.curve, task=task), programs.timing
+        timing = replace(timing, trace=timing.trace + self.timing.trace, init=self.timing.init, run=curve.seconds)
+        progress = self.record.progress(
+            loop.state, curve, notes=self.notes, program=programs.origin, timing=timing, final=final
+        )
         self._has_committed = True
-        self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
+        self.commit(progress)
         self.services.seen.went_into(self.draw, self.keys_in_call.values())
-        return run
-
-    def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
-        """The net's entry after the finished steps."""
-        options, users = self.options, self.state.models.get(self.name, self.ready.entry)
-        before, record = self.variables.entry, self.traced.trace
-        steps = len(curve.losses)
-        model = users.model if self.ready.anew else self.ready.entry.model
-        source = WeightSource(f"trained, {plural(steps, 'step')}")
-        training = Training(
-            draw=self.draw,
-            taken=self.taken,
-            opt_state=state.opt_state,
-            call=self.call.text,
-            batch=options.batch,
-            epochs=options.epochs,
-            steps=options.steps,
-            curve=curve,
-            eval=options.eval_text,
-            freeze=options.freeze,
-            group=curve.group,
-        )
-        new = steps - (0 if self.resumed is None else self.resumed.step)
-        counts = {name: before.update_counts.get(name, 0) + new for name in self.loss.written(record)}
-        return replace(
-            before.trained(state.variables, source, last=final),
-            model=model,
-            known_needs={**before.known_needs, (METHOD, self.request.bound.mode): self.traced.needs},
-            static_ints=before.static_ints | {(METHOD, name) for name in self.step.arguments.forced},
-            update_counts={**before.update_counts, **counts},
-            optimizer=options.optimizer,
-            training=training,
-        )
-
-    def _run(self, curve: Curve, output: PyTree, entry: ModelEntry) -> Run:
-        """The Run of the finished steps."""
-        bound, trace = self.request.bound, self.traced.trace
-        names = {name: (name, False) for name in ("params", "dropout", *self.keys)}
-        if self.taken and "params" in self.keys:
-            names["params (folded)"] = ("params", True)
-        if self.options.batch is not None:
-            names[ROW_ORDER] = (ROW_ORDER, False)
-        made = self.variables.made
-        if self.ready.anew:
-            made = made_of(self.ready.entry.nnx.model.collections())
-        counts = {
-            name: entry.update_counts[name] for name in sorted(self.loss.written(trace)) if name in entry.update_counts
-        }
-        return Run(
-            command="train",
-            model=self.name,
-            mode="train",
-            call=bound.call.text,
-            # An iterable is no tree of arrays: its first batch stands for it.
-            inputs=(self.call.args if isinstance(self.data, ArrayData) else self.request.call.args, bound.kwargs),
-            output=output,
-            seed=self.draw.seed,
-            draw=self.draw.number,
-            keys=RunKeys(self.draw, names),
-            used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in trace.asked.items()},
-            changed={**dict.fromkeys(sorted(self.loss.trainable()), len(curve.losses)), **counts},
-            device=devices_of(self.loop.state.variables),
-            started=self.started,
-            program=self.programs.origin,
-            switch=", ".join(bound.switch),
-            timing=self._timing(curve.seconds),
-            cell=self.call.cell,
-            notes=self.notes,
-            made=made,
-            weights=self.variables.weights,
-            first=self.state.runs is None,
-            registered="" if self.name in self.state.models else entry.model.describe(),
-            trained=curve,
-            spelling=self.spelling,
-        )
-
-    def _timing(self, seconds: float) -> Timing:
-        programs, own = self.programs.timing, self.timing
-        return replace(programs, trace=programs.trace + own.trace, init=own.init, run=seconds)
+        return progress.run
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -464,21 +392,6 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
-
-
-def _into_module(entry: NnxEntry, ready: LossCall, values: dict[str, PyTree]) -> Callable[[], None] | None:
-    model = entry.model
-
-    def write() -> None:
-        if ready.anew:
-            model.become(ready.entry.nnx.model)
-            model.has_same_layout()
-        model.assign(values)
-
-    return write
-
-
-_write = by_kind(lambda entry, ready, values: None, _into_module)
 
 
 def of_data(text: str, arguments: Arguments, batch: PyTree) -> tuple[str, ...]:

@@ -50,7 +50,13 @@ def trained(session: Session, parameters: object, *, steps: int = 3) -> Training
     evals = (Evaluation(2, float("nan"), {"accuracy": 0.5}),)
     curve = Curve(losses, {"accuracy": 1 - losses}, evals, 10, 5, 12 * steps, 0.25, stopped="interrupted")
     draw, call = session._state.root.draw(), "loss(net, train)"
-    training = Training(draw, True, state, call, 4, 2, None, curve, eval="test", freeze=("*/bias",))
+    training = Training(
+        *(draw, True, state, call, 4, 2, None, curve),
+        eval="test",
+        freeze=("*/bias",),
+        inputs={"['x']": "float32[3,4] #0123"},
+        changes=("after 1 step it goes on with other data",),
+    )
     entry = replace(session._state.models["net"], optimizer=ADAMW, training=training)
     session._state = replace(session._state, models={"net": entry})
     return training

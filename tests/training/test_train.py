@@ -680,15 +680,6 @@ def test_numbers_are_one_or_more(wrong):
     assert str(error.value) == f"--{name} takes a number, 1 or more, not {number}."
 
 
-def test_weights_that_were_changed_meanwhile_are_told_when_a_training_goes_on():
-    session = session_of(Dense())
-    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4)
-    params = session.models["net"].variables["params"]
-    params["Dense_0"]["bias"] = params["Dense_0"]["bias"] + 1
-    run = session.train(plain_loss, "net", DATA, resume=True, steps=6)
-    assert "the weights of net were changed by your code since: it goes on with these" in [n.text for n in run.notes]
-
-
 def test_what_is_looked_at_can_be_looked_at_before_the_first_step():
     session = session_of(Dense())
 
