@@ -24,6 +24,20 @@ class Optimizer(Struct, frozen=True, eq=False):
     transformation: Any
 
 
+class Position(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a training has come in an iterable of batches.
+
+    Attributes:
+      epoch: how many times the iterable was gone through to its end.
+      batches: how many were taken since.
+      state: what the iterator's `get_state` gave after them; None where it has none. In a file's JSON a node.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    state: Any = None
+
+
 class Training(Struct, frozen=True, eq=False):
     """A training after its last finished step; variables and optimizer are those of the model's entry.
 
@@ -38,6 +52,7 @@ class Training(Struct, frozen=True, eq=False):
       freeze: patterns of parameters that stay as they are.
       group: how many steps one program does, on a grid counted from step 0.
       curve: what it has given so far; it has the number of finished steps.
+      position: after these, in data that are an iterable of batches; None for arrays.
     """
 
     draw: Draw
@@ -51,6 +66,7 @@ class Training(Struct, frozen=True, eq=False):
     eval: str = ""
     freeze: tuple[str, ...] = ()
     group: int = 1
+    position: Position | None = None
 
     @property
     def step(self) -> int:
@@ -95,6 +111,7 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
     stopped: str
     task: Task
+    position: Position | None = None
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:

@@ -36,14 +36,14 @@ from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
 from . import by_hand, layers
 from . import data as training_data
-from .data import ArrayData, BatchData, Data
+from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import METHOD, Loss
-from .options import completed, data_text, resumed_of, skipped, task_of
+from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .resumption import begun_as, fitted_state, notes_of_resumed
 from .step import Step, TrainState
@@ -106,12 +106,9 @@ def train_model(
     training_data.check(text, call.args[0], options.batch, line)
     if options.eval is not None:
         training_data.check_looks(options.eval_text, options.eval, line)
-    data: Data
-    if training_data.is_arrays(call.args[0]):
-        data = ArrayData(text, call.args[0], options.batch)
-    else:
-        data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
-    with closing(data):
+    begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
+    most = None if options.steps is None else max(1, options.steps - finished)
+    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most)) as data:
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
         with plain_errors(of_batch), leaks_told(loss.name):
@@ -200,10 +197,14 @@ class Trainer:
             opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
-        if per_epoch is None and self.resumed is not None:
-            per_epoch = self.resumed.curve.epoch
-        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
+        if self.resumed is not None and not (self.data.counted and per_epoch):
+            per_epoch = self.resumed.curve.epoch or per_epoch
+        looks = options.eval is not None
+        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=looks, counted=self.data.counted)
         finished = 0 if self.resumed is None else self.resumed.step
+        position = self.data.position
+        if position is not None and position.epoch and not position.batches:
+            schedule.end_epoch(finished, position.epoch)
         if finished and schedule.total is not None and schedule.total < finished:
             message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
             longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
@@ -270,7 +271,7 @@ class Trainer:
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, entry, self.options, exact=self.data.exact)
+            remarks += notes_of_resumed(self.resumed, entry, self.options, unsure=self.data.unsure)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -398,6 +399,7 @@ class Trainer:
             eval=options.eval_text,
             freeze=options.freeze,
             group=curve.group,
+            position=self.loop.position,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in self.loss.written(record)}

@@ -18,6 +18,7 @@ from by_hand import bits
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
+from flax_magics.state.training import Position
 
 X, Y = np.arange(12, dtype=np.float32).reshape(6, 2) / 10, np.ones((6, 1), np.float32)
 SGD = optax.sgd(0.1)
@@ -267,3 +268,107 @@ def test_an_array_of_strings_is_told():
     with pytest.raises(FlaxMagicsError) as error:
         trained({"x": X, "y": np.array(["a"] * 6)}, steps=1)
     assert str(error.value) == "`data['y']` has the dtype <U1, and JAX computes with numbers alone."
+
+
+class Counting:
+    """An iterator that gives and takes its state, one dict that it goes on writing into, as an iterator of grain's."""
+
+    def __init__(self, batches: list[Any], state: Any = None) -> None:
+        self.batches, self.state = batches, {"next": 0, "of": (np.int64(len(batches)), b"\x00\xff")}
+        self.state |= state or {}
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        if self.state["next"] == len(self.batches):
+            raise StopIteration
+        self.state["next"] += 1
+        return self.batches[self.state["next"] - 1]
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        if state["of"] != self.state["of"]:
+            raise ValueError(f"a state of {state['of'][0]} batches")
+        self.state = state
+
+
+class Stateful(Loader):
+    """A loader whose iterators give and take their state, and whose epochs are of different length."""
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        return Counting(self.batches)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return trained(batches(1, 2, 3), epochs=2).losses
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_a_loader_whose_iterators_take_their_state_goes_on_where_it_stopped(steps, whole):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Stateful(batches(1, 2, 3)), optimizer=SGD, steps=steps)
+    loader = Stateful(batches(1, 2, 3))
+    run = session.train(loss, "net", loader, resume=True, epochs=2)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+    assert run.trained.total == 6
+
+
+class FailsOnce(Counting):
+    """An iterator that fails at its fourth batch, once."""
+
+    failed = False
+
+    def __next__(self) -> Any:
+        if self.state["next"] == 3 and not self.failed:
+            self.failed = True
+            raise OSError("no such shard")
+        return super().__next__()
+
+
+def test_an_iterator_that_takes_its_state_goes_on_although_it_was_read_ahead(whole):
+    iterator = FailsOnce(batches(1, 2, 3) * 2)
+    session = session_of(nn.Dense(1))
+    with pytest.raises(OSError, match="no such shard"):
+        session.train(loss, "net", iterator, optimizer=SGD, epochs=1)
+    assert session.runs[-1].steps == 3
+    iterator.state = {"next": 5, "of": iterator.state["of"]}
+    run = session.train(loss, "net", iterator, resume=True)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(loss, "net", iterator, resume=True, steps=9)
+    assert error.value.message == "`data` has run dry after 6 steps: an iterator can be gone through only once."
+
+
+def test_the_state_of_an_iterator_is_that_of_the_last_step_and_goes_through_a_file(tmp_path, whole):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Counting(batches(1, 2, 3) * 2), optimizer=SGD, steps=2)
+    position = session.training_of("net").position
+    assert position == Position(0, 2, {"next": 2, "of": (6, b"\x00\xff")})
+    session.save(tmp_path / "session")
+    other = session_of(nn.Dense(1))
+    other.load(tmp_path / "session")
+    assert other.training_of("net").position == position
+    run = other.train(loss, "net", Counting(batches(1, 2, 3) * 2), optimizer=SGD, resume=True, steps=6)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+
+
+def test_a_state_that_no_file_holds_or_that_is_refused_claims_nothing(tmp_path):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Counting(batches(1, 2, 3), {"lock": object()}), optimizer=SGD, steps=1)
+    session.save(tmp_path / "session")
+    other = session_of(nn.Dense(1))
+    other.load(tmp_path / "session")
+    assert other.training_of("net").position.state is None
+    (note,) = session.train(loss, "net", Counting(batches(1, 2)), resume=True, steps=2).notes
+    assert note.text == (
+        "the iterator does not take the state that it had (ValueError: a state of 3 batches): it goes on with what it"
+        " gives now: that all is as without the stop is not claimed"
+    )
