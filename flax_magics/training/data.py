@@ -14,13 +14,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import kind_of
+from ..base.measures import default_device
 from ..base.text import plural
 from ..base.types import HostArray, PyTree
+from ..compile.limits import free_bytes
 from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name
 from ..line.expression import without_option
 from ..state.training import Position
-from .prefetch import Fetched, Fetching, as_array
+from .prefetch import MASKED, Fetched, Fetching, as_array
 
 
 class Batch(Struct, frozen=True):
@@ -32,6 +34,7 @@ class Batch(Struct, frozen=True):
       examples: their number.
       steps: how many steps take it; `rows` then has a row for each, if they are more than one.
       position: how far it goes in an iterable; None for arrays.
+      gathered: the rows of which `tree` was made on the host; None for all other batches.
     """
 
     rows: HostArray | None
@@ -39,15 +42,18 @@ class Batch(Struct, frozen=True):
     examples: int
     steps: int = 1
     position: Position | None = None
+    gathered: HostArray | None = None
 
     def of_step(self, number: int) -> Batch:
         """What one of the steps takes, counted from 0 on."""
-        rows = self.rows if self.rows is None or self.steps == 1 else self.rows[number]
+        if self.steps == 1:
+            return self
+        rows = None if self.rows is None else self.rows[number]
         return Batch(rows, self.tree, self.examples // self.steps)
 
 
 class ArrayData:
-    """A tree of arrays with one leading axis, on the device.
+    """A tree of arrays with one leading axis, on the device; on the host where they would take too much of that.
 
     Args:
       text: the data as they are written in the call.
@@ -55,6 +61,7 @@ class ArrayData:
 
     Attributes:
       key: its fold by the number of an epoch shuffles the rows in that.
+      held: all steps are given the arrays. Else the rows of each are gathered on the host, on a thread.
     """
 
     once, counted, epoch, position = False, True, 0, None
@@ -63,8 +70,11 @@ class ArrayData:
 
     def __init__(self, text: str, tree: PyTree, batch: int | None) -> None:
         self.size = _rows_in(text, tree)
-        self.tree = jax.tree_util.tree_map(jnp.asarray, tree)
+        self.held = batch is None or batch >= self.size or _fits(tree)
+        self.tree = jax.tree_util.tree_map(jnp.asarray, tree) if self.held else tree
         self._batch = batch
+        self._fetching: Fetching | None = None
+        self._following = 0
         self._epoch, self._order = -1, np.zeros(0, np.int32)
 
     @property
@@ -100,14 +110,34 @@ class ArrayData:
             return Batch(None, self.tree, self.size * steps, steps)
         epoch, place = divmod(step, self.per_epoch)
         rows = self.order(epoch)[place * self._batch : (place + steps) * self._batch]
+        if not self.held:
+            return Batch(None, self._gathered(step), len(rows), gathered=rows)
         return Batch(rows if steps == 1 else rows.reshape(steps, -1), None, len(rows), steps)
+
+    def _gathered(self, step: int) -> PyTree:
+        """The rows of that step, of an epoch whose order is there; those of the next steps of it are gathered ahead."""
+        first = step % self.per_epoch
+        if self._fetching is None or step != self._following or not first:
+            assert self._batch is not None
+            self.close()
+            parts = [self._order[begin : begin + self._batch] for begin in range(0, self.size, self._batch)]
+            tree = self.tree
+            of_steps = (jax.tree_util.tree_map(lambda leaf: leaf[rows], tree) for rows in parts[first:])  # noqa: B023
+            self._fetching = Fetching(of_steps, Position(), None)
+        self._following = step + 1
+        fetched = self._fetching.next()
+        assert fetched is not None
+        return fetched.batch
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """Arrays never run dry."""
         raise AssertionError
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Ends the thread that gathers rows."""
+        if self._fetching is not None:
+            self._fetching.close()
+            self._fetching = None
 
 
 class BatchData:
@@ -132,7 +162,9 @@ class BatchData:
         self.counted = isinstance(batches, (list, tuple))
         """Each epoch has as many batches as it says; a loader may be wrong about that."""
         self.per_epoch: int | None = None
-        with suppress(TypeError, NotImplementedError):  # of a loader that has no length, or does not know it
+        with suppress(
+            TypeError, ValueError, NotImplementedError
+        ):  # of a loader that has no length, or does not know it
             self.per_epoch = len(batches)
         self._shapes = ""
         self.epoch, self._taken = begin.epoch, begin.batches
@@ -170,8 +202,8 @@ class BatchData:
             self._end()
             return None
         self._taken += 1
-        examples = _rows_in(f"a batch of {self._text}", fetched.batch)
-        return Batch(None, fetched.batch, examples, position=Position(self.epoch, self._taken, fetched.state))
+        position = Position(self.epoch, self._taken, fetched.state)
+        return Batch(None, fetched.batch, _rows_in(self._text, fetched.batch), position=position)
 
     def _end(self) -> None:
         """Ends an epoch."""
@@ -191,6 +223,9 @@ class BatchData:
         if fetched is None:
             return None
         self._left = None if self._left is None else self._left - 1
+        for path, leaf in jax.tree_util.tree_flatten_with_path(fetched.batch)[0]:
+            _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
+        _rows_in(self._text, fetched.batch, f"a batch of `{self._text}` has no rows.")
         shapes = _kinds(fetched.batch)
         if shapes != (self._shapes or shapes):
             message = f"a batch of `{self._text}` is {shapes}, and those before were {self._shapes}."
@@ -214,6 +249,21 @@ class BatchData:
 
 
 Data = ArrayData | BatchData
+
+SHARE = 0.5
+"""Arrays that would take more than this part of a device's free memory stay on the host."""
+
+
+def _fits(tree: PyTree) -> bool:
+    """Whether arrays go onto the device: no file that is mapped into memory is read into that as a whole."""
+    device, leaves = default_device(), jax.tree_util.tree_leaves(tree)
+    if device.platform == "cpu" and any(isinstance(leaf, np.memmap) for leaf in leaves):
+        return False
+    free = free_bytes(device)
+    # Of other libraries' arrays it is not known whether they are indexed as NumPy's are.
+    outside = [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
+    by_numpy = all(isinstance(leaf, np.ndarray) for leaf in outside)
+    return not by_numpy or free is None or sum(leaf.nbytes for leaf in outside) <= SHARE * free
 
 
 def data_of(text: str, data: Any, batch: int | None, begin: Position | None = None, most: int | None = None) -> Data:
@@ -244,9 +294,7 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
     if is_arrays(data):
         _rows_in(text, data)
         for path, leaf in jax.tree_util.tree_flatten_with_path(data)[0]:
-            if getattr(leaf.dtype, "kind", "f") in "OUSMm":
-                name = f"{text}{jax.tree_util.keystr(path)}"
-                raise FlaxMagicsError(f"`{name}` has the dtype {leaf.dtype}, and JAX computes with numbers alone.")
+            _check_leaf(f"`{text}{jax.tree_util.keystr(path)}`", leaf)
         return
     iterable = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
     if not iterable or isinstance(data, (str, bytes, Mapping)):
@@ -292,8 +340,25 @@ def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, 
         yield tree, _rows_in(text, tree)
 
 
-def _rows_in(text: str, tree: PyTree) -> int:
-    """The length of the leading axis. Raises FlaxMagicsError where arrays differ in it, have none, or are empty."""
+def _check_leaf(name: str, leaf: Any) -> None:
+    """Raises FlaxMagicsError where a leaf of data or of a batch is no array that JAX takes."""
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise FlaxMagicsError(f"{name} is {kind_of(leaf)}: a batch consists of arrays.")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise FlaxMagicsError(f"{name} {MASKED}")
+    if getattr(leaf.dtype, "kind", "f") in "OUSMm":
+        raise FlaxMagicsError(f"{name} has the dtype {leaf.dtype}, and JAX computes with numbers alone.")
+
+
+def _rows_in(text: str, tree: PyTree, empty: str = "") -> int:
+    """The length of the leading axis.
+
+    Args:
+      empty: the message for arrays without a row.
+
+    Raises:
+      FlaxMagicsError: arrays differ in it, have none, or are empty.
+    """
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [f"`{text}{jax.tree_util.keystr(path)}`" for path, _ in paths]
     lengths = [int(leaf.shape[0]) if np.ndim(leaf) else -1 for _, leaf in paths]
@@ -305,7 +370,7 @@ def _rows_in(text: str, tree: PyTree) -> int:
         message = f"{names[0]} has {plural(lengths[0], 'row')} and {names[other]} {lengths[other]}"
         raise FlaxMagicsError(f"{message}: arrays of the data have one length.")
     if not lengths or not lengths[0]:
-        raise FlaxMagicsError(f"`{text}` is empty: there is nothing to train with.")
+        raise FlaxMagicsError(empty or f"`{text}` is empty: there is nothing to train with.")
     return lengths[0]
 
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from ..base.text import cut
 from ..base.types import PyTree
+from ..errors import FlaxMagicsError
 from ..state.training import Position
 
 AHEAD = 2
 """How many batches are fetched ahead of the step that takes them."""
+MASKED = "is a masked array, and JAX knows no masks: `.filled(…)` makes a plain array of it."
 MOMENT = 0.1
 """Seconds that the end of a training waits for the thread, which may be in the user's code."""
 
@@ -144,4 +146,6 @@ def as_array(leaf: Any) -> Any:
     """
     if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
         return leaf
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise FlaxMagicsError(f"an array of a batch {MASKED}")
     return np.array(leaf)

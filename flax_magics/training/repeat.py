@@ -136,9 +136,12 @@ class Again:
     def _batch(self, step: int) -> PyTree:
         """The batch that a step takes."""
         if isinstance(self.data, ArrayData):
-            batch = self.data.take(step)
-            rows = None if batch is None else batch.rows
-            return self.data.tree if rows is None else jax.tree_util.tree_map(lambda leaf: leaf[rows], self.data.tree)
+            with closing(self.data):
+                batch = self.data.take(step)
+            assert batch is not None
+            if batch.rows is None:
+                return batch.tree
+            return jax.tree_util.tree_map(lambda leaf: leaf[batch.rows], self.data.tree)
         # Through all epochs before it, as the steps before it went.
         batches: Any = itertools.chain.from_iterable(itertools.repeat(self.call.args[0]))
         return next(itertools.islice(batches, step, None))

@@ -14,7 +14,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
-from ..base.digest import kind_of
 from ..base.measures import Timing, devices_of
 from ..base.text import join, plural
 from ..base.threads import Interrupts
@@ -27,7 +26,6 @@ from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
 from ..models.base import MissingVariables
-from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry, NnxEntry, by_kind
@@ -181,7 +179,7 @@ class Trainer:
             self.traced.needs,
             optimizer.transformation,
             arguments,
-            of_data(data_text(self.call.text), arguments, self.data.first),
+            arguments.names[: len(jax.tree_util.tree_leaves(self.data.first))],
             self.draw.impl,
         )
         # A step gives dicts, whatever the user has given.
@@ -325,7 +323,9 @@ class Trainer:
             keys[name] = np.asarray(jax.random.key_data(jax.random.fold_in(key, loop.step)))
         batch, value = failed
         rows, arguments = batch.rows, self.programs.arguments(batch)
-        if rows is not None:
+        if rows is None:
+            rows = batch.gathered
+        else:
             arguments = {name: leaf[rows] if name in self.step.batched else leaf for name, leaf in arguments.items()}
         place = f"step {loop.step}"
         if rows is not None:
@@ -481,14 +481,3 @@ def _into_module(entry: NnxEntry, ready: LossCall, values: dict[str, PyTree]) ->
 
 
 _write = by_kind(lambda entry, ready, values: None, _into_module)
-
-
-def of_data(text: str, arguments: Arguments, batch: PyTree) -> tuple[str, ...]:
-    """Names of the leaves of a batch, which is the first argument. Raises FlaxMagicsError for one that is no array."""
-    names = arguments.names[: len(jax.tree_util.tree_leaves(batch))]
-    static = next((name for name, traced in zip(names, arguments.traced, strict=False) if not traced), None)
-    if static is not None:
-        raise FlaxMagicsError(
-            f"`{static}` of `{text}` is {kind_of(arguments.leaf(static))}: a batch consists of arrays."
-        )
-    return names
