@@ -62,6 +62,9 @@ def free_bytes(device: jax.Device) -> int | None:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     if device.platform == "cpu" and hasattr(os, "sysconf"):
+        with suppress(StopIteration, ValueError, OSError), open("/proc/meminfo", encoding="ascii") as lines:
+            # What programs may still take: files that the system keeps in memory make room for it.
+            return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
         with suppress(ValueError, OSError):
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

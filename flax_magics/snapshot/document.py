@@ -34,7 +34,7 @@ from ..state.state import SavedInit, SavedModel, State
 from ..state.training import SavedTraining
 from ..state.trees import Reader, Writer, foreign_in, key_type
 from . import format
-from .training import SavedCurve, arrays_of, check_arrays
+from .training import SavedCurve, arrays_of, check_arrays, written_position
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """The JAX settings that change the bits of a run."""
@@ -247,7 +247,11 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
     }
     training = model.training
     if training is not None:  # its classes are those that the optimizer makes, which is given again
-        training = replace(training, trees=Writer(writer.arrays).tree(training.trees, f"{name} trained with"))
+        training = replace(
+            training,
+            trees=Writer(writer.arrays).tree(training.trees, f"{name} trained with"),
+            position=written_position(training.position, f"{name} trained with/position", writer),
+        )
     return replace(model, variables=variables, made=init, keys=keys, training=training, file="")
 
 
@@ -355,6 +359,9 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
         _check_tree(training.trees, f"the training of `{name}`")
         _check_key(training.draw.root, training.draw.impl)
         check_arrays(training, name)
+        if training.position is not None:
+            state = reader.tree(training.position.state)
+            training = replace(training, position=replace(training.position, state=state))
     return replace(model, variables=variables, made=init, keys=keys, training=training, file=path)
 
 

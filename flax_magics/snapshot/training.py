@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.curve import Curve, Evaluation, Task
 from ..base.files import Damaged
 from ..base.types import HostArray, PyTree
-from ..state.training import SavedTraining, Training
+from ..errors import FlaxMagicsError
+from ..state.training import Position, SavedTraining, Training
+from ..state.trees import Writer
 
 GROUPED = 10_000
 """The most steps of a group: a file does not decide how much memory is taken."""
@@ -20,6 +24,25 @@ def arrays_of(training: Training) -> dict[str, PyTree]:
     """`SavedTraining.trees` of a training."""
     curve = training.curve
     return {"opt_state": training.opt_state, "losses": curve.losses, "metrics": dict(curve.metrics)}
+
+
+def written_position(position: Position | None, path: str, writer: Writer) -> Position | None:
+    """The position with a node in the place of the iterator's state, or with None where a file cannot hold that.
+
+    Args:
+      path: the state's place, after which its arrays are named; they go into `writer`.
+    """
+    if position is None or position.state is None:
+        return position
+    # A writer of its own: if the state cannot be written, none of its arrays may be left in the file.
+    own_writer, node = Writer(), None
+    with suppress(FlaxMagicsError):
+        node = own_writer.tree(position.state, path)
+    if own_writer.foreign is not None:
+        return replace(position, state=None)
+    if node is not None:
+        writer.arrays.update(own_writer.arrays)
+    return replace(position, state=node)
 
 
 def check_arrays(training: SavedTraining, name: str) -> None:
@@ -32,6 +55,9 @@ def check_arrays(training: SavedTraining, name: str) -> None:
         raise Damaged(f"{what} has metrics that are none")
     if not all(type(one) is np.ndarray and one.dtype == np.float32 for one in (trees["losses"], *metrics.values())):
         raise Damaged(f"{what} has losses or metrics that are none")
+    place = training.position
+    if place is not None and min(place.epoch, place.batches) < 0:
+        raise Damaged(f"{what} has a position in its data that is none")
     sizes = (training.batch, training.epochs, training.steps, training.total, training.epoch, training.group)
     shapes = {one.shape for one in (trees["losses"], *metrics.values())}
     is_none = any(size is not None and size < 1 for size in sizes) or training.group > GROUPED

@@ -39,6 +39,20 @@ class CodeDigests(Struct, frozen=True):
     settings: tuple[object, ...]
 
 
+class Position(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a training has come in an iterable of batches.
+
+    Attributes:
+      epoch: how many times the iterable was gone through to its end.
+      batches: how many were taken since.
+      state: what the iterator's `get_state` gave after them; None where it has none. In a file's JSON a node.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    state: Any = None
+
+
 class Training(Struct, frozen=True, eq=False):
     """A training after its last finished step; variables and optimizer are those of the model's entry.
 
@@ -56,6 +70,7 @@ class Training(Struct, frozen=True, eq=False):
       inputs: place in the call, such as `0['x']` → dtype, shape and a digest of what the steps were given there.
       changes: what was otherwise when it went on, in words, one for each: without any it is as if it had never stopped.
       code: of its last part; None after a load.
+      position: after these, in data that are an iterable of batches; None for arrays.
     """
 
     draw: Draw
@@ -72,6 +87,7 @@ class Training(Struct, frozen=True, eq=False):
     inputs: Mapping[str, str] = {}
     changes: tuple[str, ...] = ()
     code: CodeDigests | None = None
+    position: Position | None = None
 
     @property
     def step(self) -> int:
@@ -118,6 +134,7 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     task: Task
     inputs: Mapping[str, str] = {}
     changes: tuple[str, ...] = ()
+    position: Position | None = None
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:

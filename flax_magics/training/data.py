@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import queue
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import kind_of
+from ..base.measures import default_device
 from ..base.text import plural
 from ..base.types import HostArray, PyTree
+from ..compile.limits import free_bytes
 from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name
 from ..line.expression import without_option
-
-AHEAD = 2
-"""How many batches of an iterable are fetched ahead of the step that takes them."""
+from ..state.training import Position
+from .prefetch import MASKED, Fetched, Fetching, as_array
 
 
 class Batch(Struct, frozen=True):
@@ -33,21 +33,27 @@ class Batch(Struct, frozen=True):
       tree: the batch; None where it is taken from the arrays by `rows`, in the program.
       examples: their number.
       steps: how many steps take it; `rows` then has a row for each, if they are more than one.
+      position: how far it goes in an iterable; None for arrays.
+      gathered: the rows of which `tree` was made on the host; None for all other batches.
     """
 
     rows: HostArray | None
     tree: PyTree
     examples: int
     steps: int = 1
+    position: Position | None = None
+    gathered: HostArray | None = None
 
     def of_step(self, number: int) -> Batch:
         """What one of the steps takes, counted from 0 on."""
-        rows = self.rows if self.rows is None or self.steps == 1 else self.rows[number]
+        if self.steps == 1:
+            return self
+        rows = None if self.rows is None else self.rows[number]
         return Batch(rows, self.tree, self.examples // self.steps)
 
 
 class ArrayData:
-    """A tree of arrays with one leading axis, on the device.
+    """A tree of arrays with one leading axis, on the device; on the host where they would take too much of that.
 
     Args:
       text: the data as they are written in the call.
@@ -55,17 +61,20 @@ class ArrayData:
 
     Attributes:
       key: its fold by the number of an epoch shuffles the rows in that.
+      held: all steps are given the arrays. Else the rows of each are gathered on the host, on a thread.
     """
 
-    exact = True
-    """The batches are a function of the step's number."""
-    once = False
+    once, counted, epoch, position = False, True, 0, None
+    unsure = ""
     key: jax.Array
 
     def __init__(self, text: str, tree: PyTree, batch: int | None) -> None:
         self.size = _rows_in(text, tree)
-        self.tree = jax.tree_util.tree_map(jnp.asarray, tree)
+        self.held = batch is None or batch >= self.size or _fits(tree)
+        self.tree = jax.tree_util.tree_map(jnp.asarray, tree) if self.held else tree
         self._batch = batch
+        self._fetching: Fetching | None = None
+        self._following = 0
         self._epoch, self._order = -1, np.zeros(0, np.int32)
 
     @property
@@ -101,14 +110,34 @@ class ArrayData:
             return Batch(None, self.tree, self.size * steps, steps)
         epoch, place = divmod(step, self.per_epoch)
         rows = self.order(epoch)[place * self._batch : (place + steps) * self._batch]
+        if not self.held:
+            return Batch(None, self._gathered(step), len(rows), gathered=rows)
         return Batch(rows if steps == 1 else rows.reshape(steps, -1), None, len(rows), steps)
+
+    def _gathered(self, step: int) -> PyTree:
+        """The rows of that step, of an epoch whose order is there; those of the next steps of it are gathered ahead."""
+        first = step % self.per_epoch
+        if self._fetching is None or step != self._following or not first:
+            assert self._batch is not None
+            self.close()
+            parts = [self._order[begin : begin + self._batch] for begin in range(0, self.size, self._batch)]
+            tree = self.tree
+            of_steps = (jax.tree_util.tree_map(lambda leaf: leaf[rows], tree) for rows in parts[first:])  # noqa: B023
+            self._fetching = Fetching(of_steps, Position(), None)
+        self._following = step + 1
+        fetched = self._fetching.next()
+        assert fetched is not None
+        return fetched.batch
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """Arrays never run dry."""
         raise AssertionError
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Ends the thread that gathers rows."""
+        if self._fetching is not None:
+            self._fetching.close()
+            self._fetching = None
 
 
 class BatchData:
@@ -116,63 +145,93 @@ class BatchData:
 
     Args:
       text: the data as they are written in the call.
-      skip: how many steps of the present epoch are finished already.
+      begin: how far earlier steps came in it; None for a new training.
+      most: how many batches are taken at most; None for no limit. No more are fetched.
+
+    Attributes:
+      epoch: how many times it was gone through to its end.
     """
 
     tree: PyTree = None
 
-    def __init__(self, text: str, batches: Any, skip: int = 0) -> None:
-        self._text, self._batches = text, batches
+    def __init__(self, text: str, batches: Any, begin: Position | None = None, most: int | None = None) -> None:
+        begin = begin or Position()
+        self._text, self._batches, self._begin, self._left = text, batches, begin, most
         self.once = isinstance(batches, Iterator)
         """It can be gone through only once, as a generator."""
-        self.exact = isinstance(batches, (list, tuple))
+        self.counted = isinstance(batches, (list, tuple))
+        """Each epoch has as many batches as it says; a loader may be wrong about that."""
         self.per_epoch: int | None = None
-        with suppress(TypeError, NotImplementedError):  # of a loader that has no length, or does not know it
+        with suppress(
+            TypeError, ValueError, NotImplementedError
+        ):  # of a loader that has no length, or does not know it
             self.per_epoch = len(batches)
-        # An iterator stands where it stands.
-        self._skip, self._shapes = 0 if self.once else skip, ""
+        self._shapes = ""
+        self.epoch, self._taken = begin.epoch, begin.batches
         self._fetching: Fetching | None = None
-        self._ahead: PyTree = None
+        self._ahead: Fetched | None = None
+        self.unsure = "" if self.counted else "goes on with what the iterable gives now"
+        """Why a training that goes on may have other batches than without the stop; empty where it has the same."""
+
+    @property
+    def position(self) -> Position:
+        """How far it has been taken, without the state of its iterator."""
+        return Position(self.epoch, self._taken)
 
     @property
     def first(self) -> PyTree:
         """The next batch, by which the loss is traced and the net initialised; the next step takes it."""
         if self._ahead is None:
-            skipped = self._skip
             self._ahead = self._next()
-            if self._ahead is None and skipped:  # an epoch had just come to its end
-                self.close()
-                self.per_epoch = self.per_epoch or skipped
+            if self._ahead is None and self.once and not self.unsure:  # in the state that it had, it is at its end
+                raise self.dry(self._taken, None)
+            if self._ahead is None and self._taken:  # an epoch had just come to its end
+                self._end()
                 self._ahead = self._next()
             if self._ahead is None:
                 raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to train with.")
-        return self._ahead
+        return self._ahead.batch
 
     def take(self, step: int, steps: int = 1) -> Batch | None:
         """The next batch; None at the end of an epoch, after which the next call begins the next one."""
         begins = self._fetching is None
-        tree, self._ahead = self._ahead, None
-        tree = self._next() if tree is None else tree
-        if tree is None and begins:  # it gives what is exhausted
+        fetched, self._ahead = self._ahead or self._next(), None
+        if fetched is None and begins:  # it gives what is exhausted
             raise self.dry(step, None)
-        if tree is None:
-            self.close()
+        if fetched is None:
+            self._end()
             return None
-        return Batch(None, tree, _rows_in(self._text, tree))
+        self._taken += 1
+        position = Position(self.epoch, self._taken, fetched.state)
+        return Batch(None, fetched.batch, _rows_in(self._text, fetched.batch), position=position)
 
-    def _next(self) -> PyTree:
+    def _end(self) -> None:
+        """Ends an epoch."""
+        self.close()
+        self.per_epoch = self.per_epoch or self._taken
+        self.epoch, self._taken = self.epoch + 1, 0
+
+    def _next(self) -> Fetched | None:
         if self._fetching is None:
-            self._fetching = Fetching(self._batches, self._skip)
-            self._skip = 0
-        batch = self._fetching.next()
-        if batch is None:
+            begin, self._begin = self._begin, Position()
+            # An iterator without a state stands where it stands.
+            begin = replace(begin, batches=0) if self.once else begin
+            self._fetching = Fetching(self._batches, begin, self._left)
+        fetched = self._fetching.next()
+        if self._fetching.unsure is not None:
+            self.unsure = self._fetching.unsure
+        if fetched is None:
             return None
-        shapes = _kinds(batch)
+        self._left = None if self._left is None else self._left - 1
+        for path, leaf in jax.tree_util.tree_flatten_with_path(fetched.batch)[0]:
+            _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
+        _rows_in(self._text, fetched.batch, f"a batch of `{self._text}` has no rows.")
+        shapes = _kinds(fetched.batch)
         if shapes != (self._shapes or shapes):
             message = f"a batch of `{self._text}` is {shapes}, and those before were {self._shapes}."
             raise FlaxMagicsError(message, hint="batches may differ in their length alone")
         self._shapes = shapes
-        return batch
+        return fetched
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """The error for an iterable that has ended, can be gone through only once, and is asked for more."""
@@ -189,57 +248,27 @@ class BatchData:
             self._fetching = None
 
 
-class Fetching:
-    """Goes through an iterable once, on a thread of its own, `AHEAD` batches ahead of whoever takes them.
-
-    Args:
-      skip: how many batches at its beginning are left out.
-    """
-
-    def __init__(self, batches: Any, skip: int) -> None:
-        self._queue: queue.Queue[tuple[PyTree, BaseException | None]] = queue.Queue(AHEAD - 1)
-        self._batches, self._skip = batches, skip
-        self._closed = threading.Event()
-        # A daemon: it may be in the user's code when the interpreter ends, and compiles nothing.
-        threading.Thread(target=self._work, name="flax_magics data", daemon=True).start()
-
-    def _work(self) -> None:
-        try:
-            iterator: Iterator[PyTree] = iter(self._batches)
-            for number, batch in enumerate(iterator):
-                if number >= self._skip:
-                    self._put(jax.tree_util.tree_map(_as_array, batch), None)
-                if self._closed.is_set():
-                    return
-            self._put(None, None)
-        except BaseException as error:  # whatever it is, or whoever waits would wait forever
-            self._put(None, error)
-
-    def _put(self, batch: PyTree, error: BaseException | None) -> None:
-        while not self._closed.is_set():
-            try:
-                self._queue.put((batch, error), timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def next(self) -> PyTree:
-        """The next batch; None where there is none. Raises what the iterable raised. Open to Ctrl-C."""
-        while True:
-            try:
-                batch, error = self._queue.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if error is not None:
-                raise error
-            return batch
-
-    def close(self) -> None:
-        """Has the thread end after the batch that it fetches now."""
-        self._closed.set()
-
-
 Data = ArrayData | BatchData
+
+SHARE = 0.5
+"""Arrays that would take more than this part of a device's free memory stay on the host."""
+
+
+def _fits(tree: PyTree) -> bool:
+    """Whether arrays go onto the device: no file that is mapped into memory is read into that as a whole."""
+    device, leaves = default_device(), jax.tree_util.tree_leaves(tree)
+    if device.platform == "cpu" and any(isinstance(leaf, np.memmap) for leaf in leaves):
+        return False
+    free = free_bytes(device)
+    # Of other libraries' arrays it is not known whether they are indexed as NumPy's are.
+    outside = [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
+    by_numpy = all(isinstance(leaf, np.ndarray) for leaf in outside)
+    return not by_numpy or free is None or sum(leaf.nbytes for leaf in outside) <= SHARE * free
+
+
+def data_of(text: str, data: Any, batch: int | None, begin: Position | None = None, most: int | None = None) -> Data:
+    """The data of a training, checked already; see `ArrayData` and `BatchData` for the arguments."""
+    return ArrayData(text, data, batch) if is_arrays(data) else BatchData(text, data, begin, most)
 
 
 def is_arrays(data: object) -> bool:
@@ -265,9 +294,7 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
     if is_arrays(data):
         _rows_in(text, data)
         for path, leaf in jax.tree_util.tree_flatten_with_path(data)[0]:
-            if getattr(leaf.dtype, "kind", "f") in "OUSMm":
-                name = f"{text}{jax.tree_util.keystr(path)}"
-                raise FlaxMagicsError(f"`{name}` has the dtype {leaf.dtype}, and JAX computes with numbers alone.")
+            _check_leaf(f"`{text}{jax.tree_util.keystr(path)}`", leaf)
         return
     iterable = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
     if not iterable or isinstance(data, (str, bytes, Mapping)):
@@ -305,16 +332,33 @@ def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, 
     if is_arrays(data):
         size = _rows_in(text, data)
         for begin in range(0, size, batch or size):
-            part = jax.tree_util.tree_map(lambda leaf: _as_array(leaf[begin : begin + (batch or size)]), data)  # noqa: B023
+            part = jax.tree_util.tree_map(lambda leaf: as_array(leaf[begin : begin + (batch or size)]), data)  # noqa: B023
             yield part, min(batch or size, size - begin)
         return
     for each in data:
-        tree = jax.tree_util.tree_map(_as_array, each)
+        tree = jax.tree_util.tree_map(as_array, each)
         yield tree, _rows_in(text, tree)
 
 
-def _rows_in(text: str, tree: PyTree) -> int:
-    """The length of the leading axis. Raises FlaxMagicsError where arrays differ in it, have none, or are empty."""
+def _check_leaf(name: str, leaf: Any) -> None:
+    """Raises FlaxMagicsError where a leaf of data or of a batch is no array that JAX takes."""
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise FlaxMagicsError(f"{name} is {kind_of(leaf)}: a batch consists of arrays.")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise FlaxMagicsError(f"{name} {MASKED}")
+    if getattr(leaf.dtype, "kind", "f") in "OUSMm":
+        raise FlaxMagicsError(f"{name} has the dtype {leaf.dtype}, and JAX computes with numbers alone.")
+
+
+def _rows_in(text: str, tree: PyTree, empty: str = "") -> int:
+    """The length of the leading axis.
+
+    Args:
+      empty: the message for arrays without a row.
+
+    Raises:
+      FlaxMagicsError: arrays differ in it, have none, or are empty.
+    """
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [f"`{text}{jax.tree_util.keystr(path)}`" for path, _ in paths]
     lengths = [int(leaf.shape[0]) if np.ndim(leaf) else -1 for _, leaf in paths]
@@ -326,18 +370,8 @@ def _rows_in(text: str, tree: PyTree) -> int:
         message = f"{names[0]} has {plural(lengths[0], 'row')} and {names[other]} {lengths[other]}"
         raise FlaxMagicsError(f"{message}: arrays of the data have one length.")
     if not lengths or not lengths[0]:
-        raise FlaxMagicsError(f"`{text}` is empty: there is nothing to train with.")
+        raise FlaxMagicsError(empty or f"`{text}` is empty: there is nothing to train with.")
     return lengths[0]
-
-
-def _as_array(leaf: Any) -> Any:
-    """A leaf of a batch as JAX takes it: tensors of torch and TensorFlow as NumPy arrays.
-
-    A copy, since an iterable may fill one buffer again and again, and it is asked for the next batch before this is used.
-    """
-    if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
-        return leaf
-    return np.array(leaf)
 
 
 class _Kind(str):

@@ -54,7 +54,7 @@ class Groups:
         self.size, self._asked = 1, size if alike is None or size <= alike else 1
         self._built: Callable[[], StepProgram | None] | None = None
         self._program: StepProgram | None = None
-        self._over = not isinstance(data, ArrayData)
+        self._over = not (isinstance(data, ArrayData) and data.held)
         """It is decided."""
         self._steps, self._since = 0, 0.0
 

@@ -87,11 +87,14 @@ class Schedule:
       epochs, steps: one of them; what was asked for in all.
       per_epoch: steps of an epoch; None where that is not known before its end.
       looks: there are data to look at: each epoch, or ten times in a training that counts steps.
+      counted: each epoch has `per_epoch` steps; else it ends when the data end it, wherever that is.
     """
 
-    def __init__(self, epochs: int | None, steps: int | None, per_epoch: int | None, *, looks: bool) -> None:
+    def __init__(
+        self, epochs: int | None, steps: int | None, per_epoch: int | None, *, looks: bool, counted: bool = True
+    ) -> None:
         self.epochs, self.steps, self.per_epoch = epochs, steps, per_epoch
-        self._looks, self._ends = looks, set[int]()
+        self._looks, self._counted, self._ends = looks, counted, set[int]()
 
     @property
     def total(self) -> int | None:
@@ -100,11 +103,16 @@ class Schedule:
             return self.steps
         return None if self.per_epoch is None else (self.epochs or 0) * self.per_epoch
 
+    def ends_at(self, step: int) -> bool:
+        """Whether there are no steps after so many; None may come of an iterable before that is known."""
+        sure = self.steps is not None or self._counted
+        return sure and self.total is not None and step >= self.total
+
     def end_epoch(self, step: int, epoch: int) -> None:
         """Notes that an epoch ended before `step`, the `epoch`-th of all."""
         self._ends.add(step)
-        if self.per_epoch is None:
-            self.per_epoch = step if epoch == 1 else None
+        if epoch == 1:
+            self.per_epoch = step
         if self.steps is None and epoch == self.epochs:
             self.steps = step
 
@@ -124,7 +132,8 @@ class Schedule:
         if self.epochs is None:
             assert self.steps is not None
             return step == self.steps or step in {round(self.steps * n / 10) for n in range(1, 10)}
-        return step in self._ends or (self.per_epoch is not None and step % self.per_epoch == 0)
+        by_count = self._counted and self.per_epoch is not None and step % self.per_epoch == 0
+        return by_count or step in self._ends
 
 
 class TrainingLoop:
@@ -163,7 +172,8 @@ class TrainingLoop:
         """When the steps began whose time is not in `_seconds` yet; None while there are none."""
         self._unfinished = unfinished
         self._pending: deque[Dispatched] = deque()
-        self._epoch = 0 if schedule.per_epoch is None else self.step // schedule.per_epoch
+        self.position = data.position
+        """After the last finished step, in an iterable."""
         self.failed: tuple[Batch, Leaf] | None = None
         """Batch and loss of the step that was not finite."""
 
@@ -180,11 +190,12 @@ class TrainingLoop:
     @property
     def curve(self) -> Curve:
         """What the training has done so far."""
+        total = self._schedule.total
         return Curve(
             self.numbers.losses,
             self.numbers.metrics,
             tuple(self.evals),
-            self._schedule.total,
+            None if total is not None and total < self.step else total,  # a loader has more than it says
             self._schedule.per_epoch,
             self.examples,
             self.seconds,
@@ -230,7 +241,7 @@ class TrainingLoop:
                 self.evals.append(evaluation)
                 on_step()
             following = self.step + sum(one.batch.steps for one in pending)
-            ends = schedule.total is not None and following >= schedule.total
+            ends = schedule.ends_at(following)
             if ends and not pending:
                 return
             tries = not ends and self._groups.to_try(following, schedule.next_look(following))
@@ -277,9 +288,8 @@ class TrainingLoop:
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if batch is None:
-            self._epoch += 1
-            self._schedule.end_epoch(following, self._epoch)
-            if self._data.once and following != self._schedule.total:
+            self._schedule.end_epoch(following, self._data.epoch)
+            if self._data.once and not self._schedule.ends_at(following):
                 raise self._data.dry(following, self._schedule.total)
         return batch
 
@@ -319,6 +329,7 @@ class TrainingLoop:
         self.numbers.add(result.loss, result.metrics, finite)
         self.state = result.state  # it is that before the step which was not finite
         self.examples += batch.examples // batch.steps * finite
+        self.position = batch.position if finite else self.position
         if finite < batch.steps:
             self.failed = batch.of_step(finite), np.ravel(np.asarray(result.loss))[finite]
             raise NotFinite

@@ -13,7 +13,7 @@ from ..errors import FlaxMagicsError, written
 from ..execution.call import Call
 from ..line.expression import without_option
 from ..state.entry import ModelEntry
-from ..state.training import Training, TrainOptions
+from ..state.training import Position, Training, TrainOptions
 
 
 def data_text(call: str) -> str:
@@ -93,9 +93,14 @@ def _other(option: str, value: str, began: str, line: str) -> FlaxMagicsError:
     return FlaxMagicsError(f"a training goes on as it began: {began}.", **(written(write) if write != line else {}))
 
 
-def skipped(training: Training) -> int:
-    """How many batches of the present epoch of an iterable the finished steps took."""
-    return training.step % training.curve.epoch if training.curve.epoch else training.step
+def position_of(training: Training) -> Position:
+    """How far the finished steps came in an iterable of batches."""
+    epoch, position = training.curve.epoch, training.position
+    if position is None:  # they took arrays
+        return Position(*divmod(training.step, epoch or training.step + 1))
+    # Without a state it would be gone through to its end once more.
+    ends = position.state is None and position.batches == epoch
+    return Position(position.epoch + 1) if ends else position
 
 
 def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) -> Task:

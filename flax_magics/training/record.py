@@ -19,7 +19,7 @@ from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, ExportFacts, Note, Run
 from ..state.entry import ModelEntry, NnxEntry, by_kind
 from ..state.state import State
-from ..state.training import CodeDigests, Training, TrainOptions
+from ..state.training import CodeDigests, Position, Training, TrainOptions
 from ..state.weights import WeightSource
 from .grad import LossCall
 from .loss import METHOD
@@ -85,6 +85,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
         self,
         state: TrainState,
         curve: Curve,
+        position: Position | None,
         *,
         notes: tuple[Note, ...],
         program: str,
@@ -94,18 +95,19 @@ class TrainingRecord(Struct, frozen=True, eq=False):
         """What there is to commit after the finished steps.
 
         Args:
+          position: see `Training`.
           program: where it came from.
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
         """
         ready, values = self.ready, dict(state.variables)
-        entry = self._entry_after(state, curve, final=final)
+        entry = self._entry_after(state, curve, position, final=final)
         output = self.step.loss.as_users(values) if final else RELEASED
         run = self._run(curve, output, entry, notes=notes, program=program, timing=timing, device=devices_of(values))
         resumed = self.resumed is not None
         run = begun_as(run, self.state.runs if resumed else None)
         return Progress(run, entry, ready.request.draw.first, _write(entry, ready, values), resumed, self.changes)
 
-    def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
+    def _entry_after(self, state: TrainState, curve: Curve, position: Position | None, *, final: bool) -> ModelEntry:
         """The net's entry after the finished steps."""
         options, ready, request = self.options, self.ready, self.ready.request
         users = self.state.models.get(ready.entry.name, ready.entry)
@@ -125,6 +127,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
             inputs=self.inputs,
             changes=self.changes,
             code=self.code,
+            position=position,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in loss.written(self.traced.trace)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,7 @@ from ..state.entry import ModelEntry, Origin, TrainRecipe
 from ..state.runs import Inputs, StoredRun
 from ..state.state import State
 from ..state.training import TrainOptions
-from . import data as training_data
-from .data import ArrayData, BatchData, Data
+from .data import ArrayData, data_of
 from .grad import LossCall, grad_model
 from .loss import METHOD, Loss
 from .nets import loss_of
@@ -100,31 +100,25 @@ class Again:
         self.call = Call(METHOD, args, kwargs, recipe.call, command="%flax_replay")
         root = RootKey(self.draw.seed, self.draw.number - 1, self.draw.root, self.draw.impl)
         self.state = State(root, {**models, entry.name: entry})
-        self.data = self._data()
-        ready = LossCall.of(
-            self.state,
-            entry,
-            self.loss,
-            replace(self.call, args=(self.data.first, *args[1:])),
-            self.services,
-            mode="train",
-            said=(),
-            again=(self.draw, recipe.taken),
-        )
+        self.data = data_of(data_text(recipe.call), args[0], recipe.options.batch)
         options = replace(recipe.options, epochs=None, steps=steps, resume=False)
         last: list[Progress] = []
-        self.trainer = Trainer(
-            self.state, ready, self.call, options, self.data, said=(), resumed=None, commit=last.append
-        )
-        self.run = self.trainer.train()
+        with closing(self.data):
+            ready = LossCall.of(
+                self.state,
+                entry,
+                self.loss,
+                replace(self.call, args=(self.data.first, *args[1:])),
+                self.services,
+                mode="train",
+                said=(),
+                again=(self.draw, recipe.taken),
+            )
+            self.trainer = Trainer(
+                self.state, ready, self.call, options, self.data, said=(), resumed=None, commit=last.append
+            )
+            self.run = self.trainer.train()
         self.progress = last[-1]
-
-    def _data(self) -> Data:
-        """The data, from their first batch on."""
-        text, data = data_text(self.call.text), self.call.args[0]
-        if training_data.is_arrays(data):
-            return ArrayData(text, data, self.recipe.options.batch)
-        return BatchData(text, data, 0)
 
     def gradients(self) -> Run:
         """The Run of the gradients in the step that comes next, with that step's batch and keys."""
@@ -141,9 +135,12 @@ class Again:
     def _batch(self, step: int) -> PyTree:
         """The batch that a step takes."""
         if isinstance(self.data, ArrayData):
-            batch = self.data.take(step)
-            rows = None if batch is None else batch.rows
-            return self.data.tree if rows is None else jax.tree_util.tree_map(lambda leaf: leaf[rows], self.data.tree)
+            with closing(self.data):
+                batch = self.data.take(step)
+            assert batch is not None
+            if batch.rows is None:
+                return batch.tree
+            return jax.tree_util.tree_map(lambda leaf: leaf[batch.rows], self.data.tree)
         # Through all epochs before it, as the steps before it went.
         batches: Any = itertools.chain.from_iterable(itertools.repeat(self.call.args[0]))
         return next(itertools.islice(batches, step, None))

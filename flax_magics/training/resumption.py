@@ -71,11 +71,10 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
     return state
 
 
-def notes_of_resumed(training: Training, options: TrainOptions, *, exact: bool) -> Iterator[Note]:
-    """Notes on what `--resume` cannot know, or was not told; `exact`: batches are a function of the step."""
-    if not exact:
-        text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
-        yield Note("resume", text)
+def notes_of_resumed(training: Training, options: TrainOptions, *, unsure: str) -> Iterator[Note]:
+    """Notes on what `--resume` cannot know, or was not told; `unsure`: see `BatchData.unsure`."""
+    if unsure:
+        yield Note("resume", f"{clean(unsure)}: that all is as without the stop is not claimed")
     looked_at = training.curve.task.eval
     if looked_at and options.eval is None:
         text = f"it no longer looks at `{clean(looked_at)}`: the data of `--eval` have to be given again"

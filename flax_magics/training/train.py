@@ -13,11 +13,9 @@ from flax.core import unfreeze
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
-from ..base.digest import kind_of
 from ..base.measures import Timing
 from ..base.text import clean, plural
 from ..base.threads import Interrupts
-from ..base.types import PyTree
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.trace import TracedCall, trace_call
@@ -26,7 +24,6 @@ from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
 from ..models.base import MissingVariables
-from ..models.calls import Arguments
 from ..run import Note, Run
 from ..state.entry import ModelEntry
 from ..state.state import State
@@ -34,14 +31,14 @@ from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
 from . import by_hand, layers
 from . import data as training_data
-from .data import ArrayData, BatchData, Data
+from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
-from .options import completed, data_text, resumed_of, skipped, task_of
+from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
 from .resumption import changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
@@ -87,12 +84,9 @@ def train_model(
     training_data.check(text, call.args[0], options.batch, line)
     if options.eval is not None:
         training_data.check_looks(options.eval_text, options.eval, line)
-    data: Data
-    if training_data.is_arrays(call.args[0]):
-        data = ArrayData(text, call.args[0], options.batch)
-    else:
-        data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
-    with closing(data):
+    begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
+    most = None if options.steps is None else max(1, options.steps - finished)
+    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most)) as data:
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
         with plain_errors(of_batch), leaks_told(loss.name):
@@ -189,7 +183,7 @@ class Trainer:
             self.traced.needs,
             optimizer.transformation,
             arguments,
-            of_data(data_text(self.call.text), arguments, self.data.first),
+            arguments.names[: len(jax.tree_util.tree_leaves(self.data.first))],
             self.draw.impl,
         )
         # A step gives dicts, whatever the user has given.
@@ -205,10 +199,14 @@ class Trainer:
             opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
-        if per_epoch is None and self.resumed is not None:
-            per_epoch = self.resumed.curve.epoch
-        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
+        if self.resumed is not None and not (self.data.counted and per_epoch):
+            per_epoch = self.resumed.curve.epoch or per_epoch
+        looks = options.eval is not None
+        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=looks, counted=self.data.counted)
         finished = 0 if self.resumed is None else self.resumed.step
+        position = self.data.position
+        if position is not None and position.epoch and not position.batches:
+            schedule.end_epoch(finished, position.epoch)
         if finished and schedule.total is not None and schedule.total < finished:
             message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
             longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
@@ -275,7 +273,7 @@ class Trainer:
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, self.options, exact=self.data.exact)
+            remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
             remarks += (Note("resume", change) for change in self.record.changes)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
@@ -330,7 +328,9 @@ class Trainer:
             keys[name] = np.asarray(jax.random.key_data(jax.random.fold_in(key, loop.step)))
         batch, value = failed
         rows, arguments = batch.rows, self.programs.arguments(batch)
-        if rows is not None:
+        if rows is None:
+            rows = batch.gathered
+        else:
             arguments = {name: leaf[rows] if name in self.step.batched else leaf for name, leaf in arguments.items()}
         place = f"step {loop.step}"
         if rows is not None:
@@ -378,7 +378,13 @@ class Trainer:
         curve, timing = replace(loop.curve, task=task), programs.timing
         timing = replace(timing, trace=timing.trace + self.timing.trace, init=self.timing.init, run=curve.seconds)
         progress = self.record.progress(
-            loop.state, curve, notes=self.notes, program=programs.origin, timing=timing, final=final
+            loop.state,
+            curve,
+            loop.position,
+            notes=self.notes,
+            program=programs.origin,
+            timing=timing,
+            final=final,
         )
         self._has_committed = True
         self.commit(progress)
@@ -392,14 +398,3 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
-
-
-def of_data(text: str, arguments: Arguments, batch: PyTree) -> tuple[str, ...]:
-    """Names of the leaves of a batch, which is the first argument. Raises FlaxMagicsError for one that is no array."""
-    names = arguments.names[: len(jax.tree_util.tree_leaves(batch))]
-    static = next((name for name, traced in zip(names, arguments.traced, strict=False) if not traced), None)
-    if static is not None:
-        raise FlaxMagicsError(
-            f"`{static}` of `{text}` is {kind_of(arguments.leaf(static))}: a batch consists of arrays."
-        )
-    return names

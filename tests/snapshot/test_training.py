@@ -28,7 +28,7 @@ from flax_magics.base.curve import Curve, Evaluation
 from flax_magics.run import like
 from flax_magics.snapshot import format
 from flax_magics.state.runs import RunLog, StoredRun
-from flax_magics.state.training import Optimizer, Training
+from flax_magics.state.training import Optimizer, Position, Training
 from flax_magics.training.resumption import begun_as, fitted_state
 
 x = notebook_x()
@@ -56,6 +56,7 @@ def trained(session: Session, parameters: object, *, steps: int = 3) -> Training
         freeze=("*/bias",),
         inputs={"['x']": "float32[3,4] #0123"},
         changes=("after 1 step it goes on with other data",),
+        position=Position(1, 2, [b"\x00\xff", {"next": 3}]),
     )
     entry = replace(session._state.models["net"], optimizer=ADAMW, training=training)
     session._state = replace(session._state, models={"net": entry})
@@ -197,6 +198,8 @@ def test_other_weights_leave_nothing_to_go_on_with(path):
         ('["losses", {"numpy": "net trained with/losses"}]', '["losses", 1]', "has losses or metrics that are none"),
         ('["losses", ', '["lost", ', "the training of `net` is none"),
         ('"taken": true', '"taken": 1', "is not what it should be"),
+        ('"batches": 2', '"batches": -2', "the training of `net` has a position in its data that is none"),
+        ('"bytes": "00ff"', '"bytes": "00f"', "a tree in it has a node that is none"),
     ],
 )
 def test_a_damaged_training_is_refused(path, before, after, why):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import sys
 import threading
@@ -18,6 +19,8 @@ from by_hand import bits
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
+from flax_magics.state.training import Position
+from flax_magics.training.data import ArrayData
 
 X, Y = np.arange(12, dtype=np.float32).reshape(6, 2) / 10, np.ones((6, 1), np.float32)
 SGD = optax.sgd(0.1)
@@ -181,6 +184,33 @@ def forked(monkeypatch: Any) -> Any:
             " float32[…,1]}.",
         ),
         ([{"x": X, "y": Y, "name": "first"}], {}, "`batch['name']` of `data` is a str: a batch consists of arrays."),
+        ((X.tolist(), Y.tolist()), {}, "`batch[0][0]` of `data` is a float: a batch consists of arrays."),
+        (
+            [{"x": X, "y": np.array(["a"] * 6)}],
+            {},
+            "`batch['y']` of `data` has the dtype <U1, and JAX computes with numbers alone.",
+        ),
+        (
+            [{"x": X, "y": Y[:4]}],
+            {},
+            "`data['x']` has 6 rows and `data['y']` 4: arrays of the data have one length.",
+        ),
+        (
+            [{"x": np.float32(1), "y": np.float32(2)}],
+            {},
+            "`data['x']` is a single number: each array of the data has an axis of examples first.",
+        ),
+        ([*batches(2), {"x": X[:0], "y": Y[:0]}], {}, "a batch of `data` has no rows."),
+        (
+            {"x": np.ma.array(X), "y": Y},
+            {},
+            "`data['x']` is a masked array, and JAX knows no masks: `.filled(…)` makes a plain array of it.",
+        ),
+        (
+            [{"x": np.ma.array(X), "y": Y}],
+            {},
+            "an array of a batch is a masked array, and JAX knows no masks: `.filled(…)` makes a plain array of it.",
+        ),
         (
             forked,
             {},
@@ -267,3 +297,197 @@ def test_an_array_of_strings_is_told():
     with pytest.raises(FlaxMagicsError) as error:
         trained({"x": X, "y": np.array(["a"] * 6)}, steps=1)
     assert str(error.value) == "`data['y']` has the dtype <U1, and JAX computes with numbers alone."
+
+
+class Counting:
+    """An iterator that gives and takes its state, one dict that it goes on writing into, as an iterator of grain's."""
+
+    def __init__(self, batches: list[Any], state: Any = None) -> None:
+        self.batches, self.state = batches, {"next": 0, "of": (np.int64(len(batches)), b"\x00\xff")}
+        self.state |= state or {}
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        if self.state["next"] == len(self.batches):
+            raise StopIteration
+        self.state["next"] += 1
+        return self.batches[self.state["next"] - 1]
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        if state["of"] != self.state["of"]:
+            raise ValueError(f"a state of {state['of'][0]} batches")
+        self.state = state
+
+
+class Stateful(Loader):
+    """A loader whose iterators give and take their state, and whose epochs are of different length."""
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        return Counting(self.batches)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return trained(batches(1, 2, 3), epochs=2).losses
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_a_loader_whose_iterators_take_their_state_goes_on_where_it_stopped(steps, whole):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Stateful(batches(1, 2, 3)), optimizer=SGD, steps=steps)
+    loader = Stateful(batches(1, 2, 3))
+    run = session.train(loss, "net", loader, resume=True, epochs=2)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+    assert run.trained.total == 6
+
+
+class FailsOnce(Counting):
+    """An iterator that fails at its fourth batch, once."""
+
+    failed = False
+
+    def __next__(self) -> Any:
+        if self.state["next"] == 3 and not self.failed:
+            self.failed = True
+            raise OSError("no such shard")
+        return super().__next__()
+
+
+def test_an_iterator_that_takes_its_state_goes_on_although_it_was_read_ahead(whole):
+    iterator = FailsOnce(batches(1, 2, 3) * 2)
+    session = session_of(nn.Dense(1))
+    with pytest.raises(OSError, match="no such shard"):
+        session.train(loss, "net", iterator, optimizer=SGD, epochs=1)
+    assert session.runs[-1].steps == 3
+    iterator.state = {"next": 5, "of": iterator.state["of"]}
+    run = session.train(loss, "net", iterator, resume=True)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(loss, "net", iterator, resume=True, steps=9)
+    assert error.value.message == "`data` has run dry after 6 steps: an iterator can be gone through only once."
+
+
+def test_the_state_of_an_iterator_is_that_of_the_last_step_and_goes_through_a_file(tmp_path, whole):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Counting(batches(1, 2, 3) * 2), optimizer=SGD, steps=2)
+    position = session.training_of("net").position
+    assert position == Position(0, 2, {"next": 2, "of": (6, b"\x00\xff")})
+    session.save(tmp_path / "session")
+    other = session_of(nn.Dense(1))
+    other.load(tmp_path / "session")
+    assert other.training_of("net").position == position
+    run = other.train(loss, "net", Counting(batches(1, 2, 3) * 2), optimizer=SGD, resume=True, steps=6)
+    assert bits(run.losses) == bits(whole)
+    assert run.notes == ()
+
+
+def test_a_state_that_no_file_holds_or_that_is_refused_claims_nothing(tmp_path):
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Counting(batches(1, 2, 3), {"lock": object()}), optimizer=SGD, steps=1)
+    session.save(tmp_path / "session")
+    other = session_of(nn.Dense(1))
+    other.load(tmp_path / "session")
+    assert other.training_of("net").position.state is None
+    (note,) = session.train(loss, "net", Counting(batches(1, 2)), resume=True, steps=2).notes
+    assert note.text == (
+        "the iterator does not take the state that it had (ValueError: a state of 3 batches): it goes on with what it"
+        " gives now: that all is as without the stop is not claimed"
+    )
+
+
+class Lying(Loader):
+    """A loader that has three batches, whatever it says."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(batches(1, 2, 3))
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize("length", [2, 5, -1])
+def test_an_epoch_ends_where_the_data_end_whatever_their_length_is_said_to_be(length, whole):
+    run = trained(Lying(length), epochs=2, eval=batches(6))
+    assert bits(run.losses) == bits(whole)
+    assert ([look.step for look in run.eval], run.trained.total, run.trained.epoch) == ([3, 6], 6, 3)
+
+
+def test_no_more_batches_are_fetched_than_the_steps_take():
+    iterator = iter(batches(1, 2, 3))
+    trained(iterator, steps=2)
+    assert len(next(iterator)["x"]) == 3
+
+
+def test_a_generator_that_is_still_in_its_next_batch_is_waited_for():
+    entered = threading.Event()
+
+    def slow() -> Any:
+        yield from batches(1)
+        entered.set()
+        time.sleep(0.3)
+        yield from batches(1, 2, 3) * 2
+
+    generator = slow()
+
+    def fails(net: Any, batch: Any) -> Any:
+        entered.wait()
+        raise OSError("not this loss")
+
+    with pytest.raises(OSError, match="not this loss"):
+        session_of(nn.Dense(1)).train(fails, "net", generator, optimizer=SGD, steps=6)
+    # The batch that it was in is gone.
+    expected = trained((batches(1, 2, 3) * 2)[1:], steps=5)
+    assert bits(trained(generator, steps=5).losses) == bits(expected.losses)
+
+
+def test_an_iterable_is_gone_through_in_the_context_of_its_cell():
+    cell: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
+    cells = []
+
+    class Printing(Loader):
+        def __iter__(self) -> Any:
+            cells.append(cell.get())
+            yield from self.batches
+
+    token = cell.set("this one")
+    trained(Printing(batches(2)), steps=1)
+    cell.reset(token)
+    assert cells == ["this one"]
+
+
+@pytest.fixture(scope="module")
+def on_device():
+    return trained({"x": X, "y": Y}, batch=4, epochs=3)
+
+
+def test_arrays_too_large_for_the_device_stay_on_the_host_and_give_the_same(on_device, monkeypatch):
+    monkeypatch.setattr("flax_magics.training.data.SHARE", 0.0)
+    session = session_of(nn.Dense(1))
+    data = {"x": X, "y": Y}
+    session.train(loss, "net", data, optimizer=SGD, batch=4, steps=3)
+    run = session.train(loss, "net", data, resume=True, epochs=3)
+    assert bits(run.losses) == bits(on_device.losses)
+    assert bits(run.output) == bits(on_device.output)
+    assert run.notes == ()
+    assert session.replay(1).digest == run.digest
+    assert session.replay(1, step=4).output.loss == run.losses[4]
+    with pytest.raises(FlaxMagicsError) as error:
+        trained({"x": np.where(X[3] == X, np.nan, X), "y": Y}, batch=4, epochs=3)
+    assert "holds NaN in row 3" in error.value.message
+
+
+def test_a_file_mapped_into_memory_is_not_read_whole(on_device, tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    data = ArrayData("data", {"x": mapped, "y": Y}, 4)
+    assert (data.held, type(data.tree["x"]), type(data.first["x"])) == (False, np.memmap, np.memmap)
+    assert bits(trained({"x": mapped, "y": Y}, batch=4, epochs=3).losses) == bits(on_device.losses)
