@@ -40,11 +40,6 @@ class Batch(Struct, frozen=True):
     examples: int
     steps: int = 1
 
-    def of_step(self, number: int) -> Batch:
-        """What one of the steps takes, counted from 0 on."""
-        rows = self.rows if self.rows is None or self.steps == 1 else self.rows[number]
-        return Batch(rows, self.tree, self.examples // self.steps)
-
 
 class ArrayData:
     """A tree of arrays with one leading axis, on the device.
@@ -67,6 +62,8 @@ class ArrayData:
         self.tree = jax.tree_util.tree_map(jnp.asarray, tree)
         self._batch = batch
         self._epoch, self._order = -1, np.zeros(0, np.int32)
+        self._following: tuple[int, jax.Array] | None = None
+        """An epoch, and its order, which the device makes beside the steps before it."""
 
     @property
     def per_epoch(self) -> int:
@@ -81,9 +78,14 @@ class ArrayData:
     def order(self, epoch: int) -> HostArray:
         """All rows in the order in which that epoch takes them: `jax.random.permutation` of the key's fold."""
         if epoch != self._epoch:
-            order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
+            begun = self._following
+            order = begun[1] if begun is not None and begun[0] == epoch else self._shuffle(epoch)
             self._epoch, self._order = epoch, np.asarray(order, np.int32)
+            self._following = epoch + 1, self._shuffle(epoch + 1)
         return self._order
+
+    def _shuffle(self, epoch: int) -> jax.Array:
+        return jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
 
     @property
     def alike(self) -> int | None:
