@@ -44,13 +44,6 @@ class Batch(Struct, frozen=True):
     position: Position | None = None
     gathered: HostArray | None = None
 
-    def of_step(self, number: int) -> Batch:
-        """What one of the steps takes, counted from 0 on."""
-        if self.steps == 1:
-            return self
-        rows = None if self.rows is None else self.rows[number]
-        return Batch(rows, self.tree, self.examples // self.steps)
-
 
 class ArrayData:
     """A tree of arrays with one leading axis, on the device; on the host where they would take too much of that.
@@ -76,6 +69,8 @@ class ArrayData:
         self._fetching: Fetching | None = None
         self._following = 0
         self._epoch, self._order = -1, np.zeros(0, np.int32)
+        self._next_order: tuple[int, jax.Array] | None = None
+        """An epoch, and its order, which the device makes beside the steps before it."""
 
     @property
     def per_epoch(self) -> int:
@@ -90,9 +85,14 @@ class ArrayData:
     def order(self, epoch: int) -> HostArray:
         """All rows in the order in which that epoch takes them: `jax.random.permutation` of the key's fold."""
         if epoch != self._epoch:
-            order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
+            begun = self._next_order
+            order = begun[1] if begun is not None and begun[0] == epoch else self._shuffle(epoch)
             self._epoch, self._order = epoch, np.asarray(order, np.int32)
+            self._next_order = epoch + 1, self._shuffle(epoch + 1)
         return self._order
+
+    def _shuffle(self, epoch: int) -> jax.Array:
+        return jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
 
     @property
     def alike(self) -> int | None:

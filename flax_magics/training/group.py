@@ -26,6 +26,8 @@ LONG = 0.03
 """Seconds that a group should take: an interrupt waits for two of them."""
 FASTER = 0.95
 """A group is used if it takes less than this share of the time of its steps one by one."""
+LONGEST = 0.25
+"""Seconds that a group may take."""
 
 
 class Groups:
@@ -35,7 +37,7 @@ class Groups:
       build: starts to compile the program for a batch of several steps; returns a function that gives the program, or
         None as long as it is not there. None where steps are to be done one by one.
       cost: seconds that it took to build the program of one step.
-      size: of the groups of the training that this one goes on with, which needs no measurement; 1 for none.
+      size: of the groups of a training like this one, which needs no measurement; 1 for none.
 
     Attributes:
       size: steps in a group; 1 as long as there are none.
@@ -56,7 +58,7 @@ class Groups:
         self._program: StepProgram | None = None
         self._over = not (isinstance(data, ArrayData) and data.held)
         """It is decided."""
-        self._steps, self._since = 0, 0.0
+        self._spent: list[float] = []
 
     def count(self, step: int, total: int | None, spent: float) -> None:
         """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it.
@@ -66,13 +68,11 @@ class Groups:
         """
         if self._over or self._built is not None or total is None:
             return
-        if not self._steps:
-            self._since = spent
-        self._steps += 1
+        self._spent.append(spent)
         if self._asked > 1:
             self._begin(self._asked)
-        elif self._steps > MEASURED:
-            seconds = (spent - self._since) / (self._steps - 1)
+        elif len(self._spent) > MEASURED:
+            seconds = max(float(np.median(np.diff(self._spent))), 1e-5)
             # The device idles while the group is traced, and the trial takes the time of some groups.
             worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
             size = self._fitting(int(LONG / seconds))
@@ -82,10 +82,15 @@ class Groups:
                 self._begin(size)
 
     def _fitting(self, size: int) -> int:
-        """About `size`, so that an epoch has as few steps as possible besides its groups."""
+        """About `size`, so that an epoch has as few steps as possible besides its groups.
+
+        One of few sizes, so that the next training in this session finds the program.
+        """
         assert isinstance(self._data, ArrayData)
-        alike = self._data.alike
-        return size if alike is None else alike // max(1, round(alike / max(size, 1)))
+        parts, alike = 1, self._data.alike or 1 << 16
+        while alike // parts > 1.5 * size:
+            parts *= 2
+        return alike // parts
 
     def _begin(self, size: int) -> None:
         assert isinstance(self._data, ArrayData)
@@ -147,7 +152,7 @@ class Groups:
             np.stack(leaves) for leaves in zip(*(jax.tree_util.tree_leaves(one[1:]) for one, _ in singles), strict=True)
         ]
         same = whole is not None and _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
-        if same and min(times[True]) < FASTER * min(times[False]):
+        if same and min(times[True]) < min(FASTER * min(times[False]), LONGEST):
             self.size = self._asked
         return singles
 

@@ -57,7 +57,7 @@ class Numbers:
         self._arrays |= {f" {name}": np.array(values, np.float32) for name, values in curve.metrics.items()}
 
     def add(self, loss: Leaf, metrics: Mapping[str, Leaf], steps: int) -> None:
-        """Adds the numbers of the first `steps` steps of those that the arrays have."""
+        """Adds the numbers of so many steps."""
         after = self.count + steps
         for name, value in {"": loss, **{f" {name}": value for name, value in metrics.items()}}.items():
             array = self._arrays.get(name)
@@ -66,7 +66,7 @@ class Numbers:
             if len(array) < after:
                 more = np.zeros(max(len(array), 64, steps), np.float32)
                 self._arrays[name] = array = np.concatenate([array, more])
-            array[self.count : after] = np.ravel(np.asarray(value))[:steps].astype(np.float32)
+            array[self.count : after] = np.ravel(np.asarray(value)).astype(np.float32)
         self.count = after
 
     @property
@@ -174,6 +174,8 @@ class TrainingLoop:
         self._pending: deque[Dispatched] = deque()
         self.position = data.position
         """After the last finished step, in an iterable."""
+        self._singly_until = 0
+        """The step up to which none are done in groups, since one of them is not finite."""
         self.failed: tuple[Batch, Leaf] | None = None
         """Batch and loss of the step that was not finite."""
 
@@ -217,9 +219,6 @@ class TrainingLoop:
         self._since = time.perf_counter()
         try:
             self._run(interrupts, look, on_step)
-        except NotFinite:
-            self._pending.clear()
-            raise
         except BaseException:
             self._drain()
             raise
@@ -228,7 +227,7 @@ class TrainingLoop:
             self._data.close()
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
-        schedule, pending, ahead = self._schedule, self._pending, self.state
+        schedule, pending = self._schedule, self._pending
         looked = self.evals[-1].step if self.evals else 0
         while True:
             interrupts.check()
@@ -246,9 +245,8 @@ class TrainingLoop:
                 return
             tries = not ends and self._groups.to_try(following, schedule.next_look(following))
             if tries and not pending:
-                singles = self._groups.attempt(ahead, following, self._program_of)
+                singles = self._groups.attempt(self.state, following, self._program_of)
                 pending += (Dispatched(*one) for one in singles)
-                ahead = singles[-1][0].state
                 continue
             waits = (
                 len(pending) >= (AHEAD if self._is_brief else 1)
@@ -260,9 +258,8 @@ class TrainingLoop:
                 if batch is not None:
                     with interrupts.opened(), self._left_out():
                         program = self._program_of(batch)
-                    dispatched = Dispatched(program(ahead, following, batch), batch)
-                    ahead = dispatched.result.state
-                    pending.append(dispatched)
+                    state = pending[-1].result.state if pending else self.state
+                    pending.append(Dispatched(program(state, following, batch), batch))
                 continue
             self._wait(interrupts)
             self._settle()
@@ -283,7 +280,8 @@ class TrainingLoop:
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
         groups, until = self._groups, self._schedule.next_look(following)
-        steps = groups.size if groups.size > 1 and groups.begins_at(following, until) else 1
+        in_group = groups.size > 1 and following >= self._singly_until and groups.begins_at(following, until)
+        steps = groups.size if in_group else 1
         # The first shuffle of a size is compiled.
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
@@ -325,14 +323,17 @@ class TrainingLoop:
     def _settle(self) -> None:
         """Counts the oldest step or group, which the device has finished."""
         result, batch = self._pending[0]
-        finite = int(np.asarray(result.alive).sum())  # raises the error of a program that failed
-        self.numbers.add(result.loss, result.metrics, finite)
-        self.state = result.state  # it is that before the step which was not finite
-        self.examples += batch.examples // batch.steps * finite
-        self.position = batch.position if finite else self.position
-        if finite < batch.steps:
-            self.failed = batch.of_step(finite), np.ravel(np.asarray(result.loss))[finite]
-            raise NotFinite
+        if not np.asarray(result.alive).all():  # raises the error of a program that failed
+            self._pending.clear()
+            if batch.steps == 1:
+                self.failed = batch, np.asarray(result.loss)
+                raise NotFinite
+            self._singly_until = self.step + batch.steps  # a group does not give the state before that step
+            return
+        self.numbers.add(result.loss, result.metrics, batch.steps)
+        self.state = result.state
+        self.examples += batch.examples
+        self.position = batch.position
         self._pending.popleft()
 
     def _drain(self) -> None:

@@ -227,7 +227,8 @@ class Trainer:
         self.programs = StepPrograms(
             self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
-        resumed = self.resumed
+        resumed, earlier = self.resumed, self.ready.entry.training
+        same = earlier is not None and (earlier.call, earlier.batch) == (self.call.text, options.batch)
         self.loop = TrainingLoop(
             self.programs.of,
             beginning,
@@ -238,7 +239,7 @@ class Trainer:
                 self.data,
                 self.programs.begin,
                 lambda: self.programs.timing.building,
-                1 if resumed is None else resumed.group,
+                earlier.group if earlier is not None and (same or resumed is not None) else 1,
             ),
             unfinished=services.programs.unfinished,
         )

@@ -15,12 +15,17 @@ from .cells import Seconds
 
 
 class Row(NamedTuple):
-    """What is done, and what it may take: at most `goal` times what it takes by hand; in `ms` or `µs`: over the floor."""
+    """What is done, and what it may take: at most `goal` times what it takes by hand; in `ms` or `µs`: over the floor.
+
+    Attributes:
+      in_bytes: it is memory that is taken, and the numbers are bytes.
+    """
 
     key: str
     title: str
     goal: float | None
     unit: str = "×"
+    in_bytes: bool = False
 
     def cells(self, seconds: Seconds) -> tuple[str, ...]:
         """The row as text: medians, of ratios and differences those of what was measured in turn; spread: 8 of 10."""
@@ -34,7 +39,8 @@ class Row(NamedTuple):
         goal = "" if self.goal is None else f"≤ {self.goal:g} {self.unit}, {'met' if value <= self.goal else 'NOT met'}"
         low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
         spread = f"{_digits(low)} – {_digits(high)}"
-        return self.key, self.title, *map(_time, (by_hand, floor, ours)), f"{_digits(value)} {self.unit}", spread, goal
+        sides = map(_bytes if self.in_bytes else _time, (by_hand, floor, ours))
+        return self.key, self.title, *sides, f"{_digits(value)} {self.unit}", spread, goal
 
 
 HEADINGS = ("name", "lap", "by hand", "floor", "ours", "median", "spread", "goal")
@@ -67,3 +73,7 @@ def _time(seconds: Sequence[float]) -> str:
     value = statistics.median(seconds)
     unit, scale = next((pair for pair in (("s", 1), ("ms", 1e3)) if value * pair[1] >= 1), ("µs", 1e6))
     return f"{value * scale:.3g} {unit}"
+
+
+def _bytes(sizes: Sequence[float]) -> str:
+    return f"{statistics.median(sizes) / 1e6:.3g} MB" if sizes else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from .cells import Laps, Seconds, in_shell
 from .fresh import IMPORTS, LOAD
 from .table import Row
-from .warm import Loop
 
 SETUP = f"""\
 {IMPORTS}import time
@@ -121,6 +121,36 @@ steps_of['normed'] = one_program(normed, train=True)
 states = {'two': made(net), 'one': made(net), 'cnn': made(cnn), 'normed': made(normed)}
 """
 CELLS = [SETUP, LOAD, MODELS, BY_HAND]
+KERAS = """\
+import os
+os.environ['KERAS_BACKEND'] = 'jax'
+import keras
+image, label = map(np.asarray, (train['image'], train['label']))
+kerasnet = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128, 'relu'), keras.layers.Dense(10)])
+kerasnet.compile(
+  keras.optimizers.AdamW(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=['accuracy']
+)
+"""
+WIDE = """\
+class Wide(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(4):
+      x = nn.relu(nn.Dense(2048)(x))
+    return nn.Dense(10)(x)
+
+wide = Wide()
+"""
+PEAK = """\
+def held(which):
+  lines = open('/proc/self/status').read().splitlines()
+  return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
+
+with open('/proc/self/clear_refs', 'w') as file:
+  file.write('5')
+before = held('VmRSS')
+"""
+"""What the process holds, in bytes: `VmRSS` now, `VmHWM` at most from now on."""
 
 
 def _line(call: str, steps: int) -> str:
@@ -134,17 +164,27 @@ class Window(NamedTuple):
       steps: so many take some ten seconds by hand.
       by_hand: the call that does them.
       ours: the loss's.
+      setup: a cell before them.
     """
 
     row: Row
     steps: int
     by_hand: str
     ours: str
+    setup: str = ""
 
-    def loop(self, share: int) -> Loop:
-        """The row with so many times fewer steps."""
-        steps = self.steps // share
-        return Loop(self.row, CELLS, self.by_hand.replace("STEPS", str(steps)), "", _line(self.ours, steps), runs=1)
+    def laps(self, rounds: int, share: int) -> Iterator[tuple[str, list[str]]]:
+        """By hand and ours in turn, in both orders, of so many times fewer steps.
+
+        Before them a quarter of the steps, not measured: of fewer the programs of the whole would not be compiled.
+        """
+        yield "", [self.setup] if self.setup else []
+        for n in range(rounds + 1):
+            steps = self.steps // (share if n else 4)
+            by_hand = self.by_hand.replace("STEPS", str(steps if n else 100))
+            laps = [("by hand", by_hand), ("ours", _line(self.ours, steps))]
+            for who, cell in laps[:: 1 if n % 2 else -1]:
+                yield f"{self.row.key}/{who}" if n else "", [cell]
 
 
 WINDOWS = (
@@ -179,6 +219,18 @@ WINDOWS = (
         "loss(cnn, train)",
     ),
 )
+if importlib.util.find_spec("keras"):  # no package that the benchmarks need: as measured, where it is there
+    WINDOWS = (
+        *WINDOWS,
+        Window(
+            Row("train-keras", "the MLP, against Keras 3's `fit` on JAX with its bar", None),
+            10_000,
+            "kerasnet.fit(image, label, batch_size=batch, epochs=STEPS // 100, verbose=1)",
+            "loss(net, train)",
+            KERAS,
+        ),
+    )
+MEMORY = Row("train-memory", "the most memory that 20 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
 FIRST = Row("train-first", "the first step of a training in a fresh process, model and optimizer made", 1.1)
 
 
@@ -188,27 +240,39 @@ def measured(keys: Collection[str], rounds: int) -> Seconds:
     Three of each; with few rounds two, of a tenth of the steps.
     """
     times, share = (3, 1) if rounds > 2 else (2, 10)
-    loops = [window.loop(share) for window in WINDOWS if window.row.key in keys]
-    return in_shell(list(_laps(loops, times)))
+    return in_shell(list(_laps([window for window in WINDOWS if window.row.key in keys], times, share)))
 
 
-def _laps(loops: Iterable[Loop], rounds: int) -> Iterator[tuple[str, list[str]]]:
+def _laps(windows: Iterable[Window], rounds: int, share: int) -> Iterator[tuple[str, list[str]]]:
     yield "", CELLS
-    for loop in loops:
-        yield from loop.laps(rounds)
+    for window in windows:
+        yield from window.laps(rounds, share)
         yield "", ["assert flax_magics.session().runs[-1].kind.trains"]
 
 
 def first(keys: Collection[str], rounds: int) -> Seconds:
     """The first step, each in a process of its own with an empty cache, in turn."""
-    by_hand: Laps = [
-        ("", CELLS[:1]),
-        ("train-first/by hand", [MODELS, BY_HAND, "trained(steps_of['two'], made(net), 1)"]),
+    by_hand = [MODELS, BY_HAND, "trained(steps_of['two'], made(net), 1)"]
+    return _fresh(FIRST, CELLS[:1], by_hand, [MODELS, _line("loss(net, train)", 1)], rounds)
+
+
+def memory(keys: Collection[str], rounds: int) -> Seconds:
+    """What 20 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
+    spent = "spent = held('VmHWM') - before"
+    by_hand = [BY_HAND, WIDE, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
+    ours = [WIDE, PEAK, _line("loss(wide, train)", 20), spent]
+    return _fresh(MEMORY, [SETUP, MODELS], by_hand, ours, min(rounds, 3))
+
+
+def _fresh(row: Row, setup: list[str], by_hand: list[str], ours: list[str], rounds: int) -> Seconds:
+    """Cells by hand and ours in turn, each in a process of its own with an empty cache; ours loads the extension first."""
+    sides: list[Laps] = [
+        [("", setup), (f"{row.key}/by hand", by_hand)],
+        [("", [*setup, LOAD]), (f"{row.key}/ours", ours)],
     ]
-    ours: Laps = [("", CELLS[:2]), ("train-first/ours", [MODELS, _line("loss(net, train)", 1)])]
     seconds: Seconds = {}
     for n in range(rounds):
-        for laps in (by_hand, ours)[:: 1 if n % 2 == 0 else -1]:
+        for laps in sides[:: 1 if n % 2 == 0 else -1]:
             for name, values in in_shell(laps).items():
                 seconds.setdefault(name, []).extend(values)
     return seconds

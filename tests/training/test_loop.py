@@ -43,7 +43,7 @@ def test_numbers_grow_and_what_was_read_stays():
     numbers = Numbers(Curve(losses=np.float32([3.0]), metrics={"accuracy": np.float32([0.5])}))
     numbers.add(np.float32(2.0), {"accuracy": np.float32(0.25), "late": np.int32(7)}, 1)
     before, metrics = numbers.losses, numbers.metrics
-    numbers.add(np.arange(100, dtype=np.float64), {"accuracy": np.ones(100, np.float32), "late": np.ones(100)}, 99)
+    numbers.add(np.arange(99, dtype=np.float64), {"accuracy": np.ones(99, np.float32), "late": np.ones(99)}, 99)
     assert before.tolist() == [3.0, 2.0]
     assert metrics["accuracy"].tolist() == [0.5, 0.25]
     np.testing.assert_array_equal(metrics["late"], np.float32([np.nan, 7]))
