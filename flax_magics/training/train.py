@@ -450,7 +450,7 @@ class Trainer:
             first=self.state.runs is None,
             registered="" if self.name in self.state.models else entry.model.describe(),
             trained=curve,
-            spelling=self.spelling,
+            spelling=replace(self.spelling, looks=(self.look.facts,)),
         )
 
     def _timing(self, seconds: float) -> Timing:
