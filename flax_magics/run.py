@@ -403,6 +403,7 @@ class ExportFacts(Struct, frozen=True):
       init_arguments, init_module: `arguments` and `module` of the init that was part of the run, or is the run.
       init_streams: random streams that this init needs besides `params`.
       containers: arguments that have a static leaf inside, by name, taken apart.
+      looks: of a training: how each of its commands has looked at `--eval` data, None for one that has not.
       returns: what the output contains besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
       code: a fingerprint of the model's code and of all that it reads; None where that cannot be told.
@@ -429,6 +430,19 @@ class ExportFacts(Struct, frozen=True):
     given: tuple[HandedBack, ...] = ()
     code: bytes | None = None
     containers: tuple[tuple[str, ContainerPart], ...] = ()
+    looks: tuple[LookFacts | None, ...] = ()
+
+
+class LookFacts(Struct, frozen=True):
+    """How a training has looked at its `--eval` data.
+
+    Attributes:
+      call: of the loss in evaluation mode.
+      arrays: the data are arrays, and no iterable of batches.
+    """
+
+    call: ExportFacts
+    arrays: bool
 
 
 def recorded(run: Run) -> dict[str, object]:

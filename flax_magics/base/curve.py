@@ -12,6 +12,8 @@ from .types import HostArray
 
 ROW_ORDER = "row order"
 """The stream of a training's draw whose key shuffles the rows: no identifier, so that it is none of a model's."""
+EVAL = "eval"
+"""Stands before the names of the streams that a look takes: a step has others."""
 STORED = 10_000
 """The most steps of which a saved notebook has the numbers."""
 
@@ -38,6 +40,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
       arrays: its data are arrays, and no iterable of batches.
       takes_loss: the optimizer's `update` takes the loss, too.
       parts: how many steps were finished when each of its commands ended, the present one left out.
+      looks: how many looks at the `--eval` data there were by then.
     """
 
     optimizer: str = ""
@@ -49,6 +52,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
     arrays: bool = True
     takes_loss: bool = False
     parts: tuple[int, ...] = ()
+    looks: tuple[int, ...] = ()
 
 
 class Curve(Struct, frozen=True, eq=False):

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def export_session(
     free = Free({*models, *(name for source in sources for name in mentioned(source.tree))})
     writer = LineWriter.like([cell_run.cell.text for cell_run in cell_runs], free, digests=digests)
     script_models = {name: _model(name, models, runs, free, sources) for name in models}
-    context = ScriptContext(writer, RunGroups(runs, cell_runs, restarts), script_models)
+    executed = (each.statement for cell_run in cell_runs for each in cell_run.statements)
+    bindings = Counter(name for statement in executed for name in binds(statement))
+    rebound = frozenset(name for name, times in bindings.items() if times > 1)
+    context = ScriptContext(writer, RunGroups(runs, cell_runs, restarts), script_models, rebound=rebound)
     script = Script(context, RootKeyTracker(context, seed))
     for cell_run in cell_runs:
         script.cell(cell_run)

@@ -12,7 +12,7 @@ import numpy as np
 from ..base.types import PyTree
 from ..cells.journal import Load, state_of
 from ..rng.keys import SPLIT
-from . import losses, runs, training
+from . import losses, runs, steps, training
 from .cells import MODELS
 from .context import CommandLines, ScriptContext, ScriptModel
 from .functions import CannotSay
@@ -92,7 +92,7 @@ def _train(command: CommandLines) -> list[str]:
     """`%flax_train`: the next part of its training."""
     written, index = command.context.trained, command.indices[-1]
     part = training.parts_of(command.runs[-1])[written.get(index, 0)]
-    lines = training.train_nnx(command, part) if command.model.holds else training.train_linen(command, part)
+    lines = steps.train_nnx(command, part) if command.model.holds else steps.train_linen(command, part)
     written[index] = written.get(index, 0) + 1
     return lines
 

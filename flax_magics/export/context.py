@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 from msgspec.structs import replace
 
-from ..base.curve import ROW_ORDER, Curve
+from ..base.curve import EVAL, ROW_ORDER, Curve
 from ..base.types import PyTree
 from ..cells.journal import Load
 from ..line.call import CallExpression
@@ -106,15 +106,21 @@ class RunGroups:
         after = [self.follower.get(index, -1) for index in self.of_site(site)]
         shared = [index for index in after if index in self.made_by and self.shares_in_place(self.made_by[index])]
         facts = {index: self.runs[index].spelling or ExportFacts() for index in shared}
-        more = {i: (*self.made_by[i].parsed.options["key"], *shuffled(self.runs[i])) for i in shared}
+        more = {i: (*self.made_by[i].parsed.options["key"], *streams_of_training(self.runs[i])) for i in shared}
         streams = (name for i in shared for name in (*more[i], *facts[i].streams))
         return tuple(dict.fromkeys(streams)), any(each.taken for each in facts.values())
 
 
-def shuffled(run: Run) -> tuple[str, ...]:
-    """The stream of the key by which a training shuffles arrays; empty for every other run."""
-    task = None if run.trained is None else run.trained.task
-    return () if task is None or task.batch is None or not task.arrays else (ROW_ORDER,)
+def streams_of_training(run: Run) -> tuple[str, ...]:
+    """The streams of a training besides those of its steps: of the looks, and of the key by which it shuffles arrays.
+
+    Empty for every other run.
+    """
+    if run.trained is None:
+        return ()
+    task, looks = run.trained.task, () if run.spelling is None else run.spelling.looks
+    of_looks = dict.fromkeys(f"{EVAL} {stream}" for look in looks if look is not None for stream in look.call.streams)
+    return (*of_looks, *([ROW_ORDER] if task.arrays and task.batch is not None else []))
 
 
 FROM_PACKAGE = "it comes from flax_magics"
@@ -168,6 +174,7 @@ class ScriptContext:
       states: model → what became of it in the present cell: `new`, `unchanged`, `changed`.
       load: what the present `%flax_load` read.
       trained: index of a training's run → how many of its parts have lines.
+      rebound: names that are bound by more than one statement that ran.
       gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
       define: makes sure that a function is defined before it is used, and returns its name.
     """
@@ -182,6 +189,7 @@ class ScriptContext:
     states: Mapping[str, str] = field(default_factory=dict)
     load: Load | None = None
     trained: dict[int, int] = field(default_factory=dict)
+    rebound: frozenset[str] = frozenset()
     gone: bool = False
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -384,6 +385,7 @@ class Script:
         above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
         # Not twice: the user's own cells may have the same imports above.
         there = {ast.unparse(one) for statement in ast.parse("\n".join(above)).body for one in _singly(statement)}
+        there |= {f"from {one[1]} import {one[2]} as {one[3]}" for one in map(_SUBMODULE.fullmatch, there) if one}
         writer.needs |= {"jax"} if writer.labels else set()
         missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
         head = [Lines(missing, apart=place > 0)] if missing else []
@@ -393,6 +395,10 @@ class Script:
             blocks[block][place:place] = head
         else:
             blocks.insert(block, head)
+
+
+_SUBMODULE = re.compile(r"import (\w+)\.(\w+) as (\w+)")
+"""`import flax.linen as nn`, which binds what `from flax import linen as nn` does."""
 
 
 def _singly(statement: ast.stmt) -> list[ast.stmt]:
@@ -418,7 +424,9 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 
 def _read_by(site: CommandSite) -> set[str]:
     """The names that a command's line reads."""
-    texts = [site.parsed.options.get(name) or "" for name in ("variables", "optimizer")]
+    # In commands other than a training, `--eval` is the mode.
+    options = ("variables", "optimizer", *(["eval"] if site.name == "flax_train" else []))
+    texts = [site.parsed.options.get(name) or "" for name in options]
     if site.name in ("flax_apply", "flax_grad", "flax_init", "flax_train", "flax_vars", "flaxmodel"):
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()

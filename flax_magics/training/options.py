@@ -115,4 +115,5 @@ def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) ->
         freeze=options.freeze,
         arrays=arrays,
         parts=() if resumed is None else (*resumed.curve.task.parts, resumed.step),
+        looks=() if resumed is None else (*resumed.curve.task.looks, len(resumed.curve.evals)),
     )

@@ -214,8 +214,9 @@ def begun_as(run: Run, runs: RunLog | None) -> Run:
     if not earlier:
         return run
     before = earlier[-1]
-    facts = {name: getattr(before.spelling or ExportFacts(), name) for name in ExportFacts.__struct_fields__}
-    init = {name: value for name, value in facts.items() if name.startswith("init_")}
-    spelling = None if run.spelling is None or before.spelling is None else replace(run.spelling, **init)
+    spelling, began = run.spelling, before.spelling
+    if spelling is not None and began is not None:  # a run of a file has none
+        of_init = {name: getattr(began, name) for name in ExportFacts.__struct_fields__ if name.startswith("init_")}
+        spelling = replace(spelling, looks=(*began.looks, *spelling.looks), **of_init)
     beginning = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
     return replace(run, spelling=spelling, **beginning)

@@ -378,7 +378,8 @@ class Trainer:
         task = replace(self.task, takes_loss=programs.step.takes_loss)
         curve, timing = replace(loop.curve, task=task), programs.timing
         timing = replace(timing, trace=timing.trace + self.timing.trace, init=self.timing.init, run=curve.seconds)
-        progress = self.record.progress(
+        record = replace(self.record, spelling=replace(self.record.spelling, looks=(self.look.facts,)))
+        progress = record.progress(
             loop.state,
             curve,
             loop.position,

@@ -7,7 +7,6 @@ import pytest
 from exporting import NNX_NET, NORMED, assert_same, digests_of, exported, printed
 from msgspec.structs import replace
 
-from flax_magics.base.curve import Task
 from flax_magics.base.digest import digest_of
 from flax_magics.training.loop import TrainingLoop
 
@@ -21,6 +20,7 @@ def loss(net, batch, train, scale=1.0):
     y = net(batch["x"], train=train)
     return scale * ((y - batch["y"]) ** 2).mean(), {"mean": y.mean(), "loss": y.std()}
 train = {"x": jax.random.normal(jax.random.key(7), (22, 4)), "y": jnp.ones((22, 3))}
+test = {"x": jax.random.normal(jax.random.key(8), (11, 4)), "y": jnp.ones((11, 3))}
 """
 MASKED = """\
 %%flaxmodel
@@ -53,13 +53,23 @@ class Stops(list):
 """
 
 
+def looks_of(run):
+    """The looks at `--eval` data as a script prints them."""
+    looks = ((look.step, look.loss, dict(look.metrics)) for look in run.eval)
+    return [f"namespace(step={step}, loss={loss!r}, metrics={metrics!r})" for step, loss, metrics in looks]
+
+
+def looks_in(lines):
+    return [line for line in lines if line.startswith("namespace(")]
+
+
 def test_a_linen_net_with_batches_of_shuffled_arrays(notebook, tmp_path):
     script = assert_same(
         notebook,
         tmp_path,
         NORMED,
         LOSS,
-        "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 3 loss(normed, train)",
+        "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 3 --eval test loss(normed, train)",
         "%flax_apply --train --keys-of 1 -q normed(x)",
         "%flax_train -q --batch 5 --steps 7 --freeze */bias loss(normed, train, scale=2.0)",
     )
@@ -70,35 +80,43 @@ def test_a_linen_net_with_batches_of_shuffled_arrays(notebook, tmp_path):
 for step in range(9):
   epoch, place = divmod(step, 3)
   if place == 0:
-    order = jax.random.permutation(
-      jax.random.fold_in(row_order_key, epoch), len(jax.tree.leaves(data)[0])
-    )
-  rows = np.asarray(order)[8 * place : 8 * (place + 1)]
+    epoch_key = jax.random.fold_in(row_order_key, epoch)
+    order = np.asarray(jax.random.permutation(epoch_key, size))
+  rows = order[8 * place : 8 * (place + 1)]
   state, values = train_step(optimizer, state, data, rows, step, dropout_key)
   curve.append(values)
+  if (step + 1) % 3 == 0:
+    means = evaluate(state[0], eval_data)
+    evals.append(types.SimpleNamespace(step=step + 1, **means))
+    print(evals[-1])
 variables, opt_state, _ = state
 """
         in script
     )
-    # Losses and the optimizer's state are those of the session, too.
-    (run,), entry = notebook.session.last(1), notebook.session._state.models["normed"]
-    lines = [line.split()[-1] for line in printed(f"{script}\n{SHOWN}", tmp_path)[-2:]]
-    assert lines == [run.losses.tobytes().hex(), digest_of(jax.tree.leaves(entry.training.opt_state))]
+    # Losses, looks and the optimizer's state are those of the session, too.
+    (first, *_, run), entry = notebook.session.runs, notebook.session._state.models["normed"]
+    lines = printed(f"{script}\n{SHOWN}", tmp_path)
+    assert looks_in(lines) == looks_of(first)
+    last = [line.split()[-1] for line in lines[-2:]]
+    assert last == [run.losses.tobytes().hex(), digest_of(jax.tree.leaves(entry.training.opt_state))]
 
 
 def test_a_whole_batch_and_an_iterable_with_the_losses_that_are_asked_for(notebook, tmp_path):
-    assert_same(
+    script = assert_same(
         notebook,
         tmp_path,
         NORMED,
         LOSS,
         "variables = %flax_init normed(x)",
         "tx = optax.sgd(0.1, momentum=0.9)",
-        "%flax_train -q --steps 5 --optimizer tx loss(normed, train)",
+        "%flax_train -q --steps 5 --optimizer tx --eval train loss(normed, train)",
         "batches = [{name: array[n : n + 9] for name, array in train.items()} for n in (0, 9)]",
-        "%flax_train -q --epochs 2 loss(normed, batches)",
+        "%flax_train -q --epochs 2 --eval batches loss(normed, batches)",
         "for rate in (0.1, 0.01):\n    %flax_train -q --steps 3 --optimizer optax.adam(rate) loss(normed, batches)",
     )
+    looks = [line for run in notebook.session.runs if run.trained for line in looks_of(run)]
+    assert looks_in(printed(script, tmp_path)) == looks
+    assert "  means = jax.tree.map(float, evaluate(state[0], eval_data))\n" in script
 
 
 def test_the_script_looks_for_numbers_that_are_not_finite_where_the_session_does(notebook, tmp_path):
@@ -120,12 +138,13 @@ def test_an_nnx_module(notebook, tmp_path):
         NNX_NET,
         PLAIN,
         "many = jax.random.normal(jax.random.key(7), (22, 4))",
-        "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 2 loss(net, many)",
+        "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 2 --eval x.reshape(-1,4) loss(net, many)",
         "%flax_apply --eval -q net(x);",
         "%flax_train -q --steps 3 --freeze hidden loss(net, many)",
     )
     assert "graphdef, params, stats, rest = nnx.split(net_copy, nnx.Param, nnx.BatchStat, ...)\n" in script
     assert "nnx.update(net, params, stats)\n" in script
+    assert looks_in(printed(script, tmp_path)) == looks_of(notebook.session.runs[1])
 
 
 def test_a_training_that_was_interrupted_goes_on_where_its_cells_did(notebook, tmp_path):
@@ -136,13 +155,16 @@ def test_a_training_that_was_interrupted_goes_on_where_its_cells_did(notebook, t
     line = "%flax_train -q --optimizer optax.adam(1e-2) --batch 8 --steps 20 --eval looks loss(normed, train)"
     notebook.fails(line)
     notebook("%flax_apply --train -q normed(x)")
-    notebook("%flax_train -q --resume --eval looks loss(normed, train)")
+    notebook("%flax_train -q --resume --eval test loss(normed, train)")
     assert [(run.command, run.steps) for run in notebook.session.runs] == [("train", 20), ("apply", 0)]
     script = exported(notebook)
     assert "for step in range(4):\n" in script
     assert "for step in range(4, 20):\n" in script
-    train, apply = (run.digest for run in notebook.session.runs)
-    assert digests_of(printed(script, tmp_path)) == [apply, train]
+    train, apply = notebook.session.runs
+    lines = printed(script, tmp_path)
+    assert digests_of(lines) == [apply.digest, train.digest]
+    # In the second look it was stopped: that is done first as it goes on, with statistics that the apply has changed.
+    assert looks_in(lines) == looks_of(train)
 
 
 def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(notebook, tmp_path):
@@ -156,27 +178,20 @@ def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(note
     assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
 
 
-def test_the_text_of_the_eval_data_stays_in_its_comment(notebook, monkeypatch):
-    notebook(NORMED)
-    notebook(LOSS)
-    task = Task("optax.adam(1e-2)", steps=2, eval="train\nraise SystemExit")
-    monkeypatch.setattr("flax_magics.training.train.task_of", lambda *_, **__: task)
-    notebook("%flax_train -q --optimizer optax.adam(1e-2) --steps 2 --eval train loss(normed, train)")
-    assert "# Left out: the looks at `train raise SystemExit` while it trains.\n" in exported(notebook)
-
-
 @pytest.mark.parametrize("batch", ["--batch 4 ", ""])
 def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, monkeypatch, batch):
     notebook(NORMED)
     notebook(LOSS)
-    monkeypatch.setattr(TrainingLoop, "curve", property(lambda loop: replace(curve(loop), group=2)))
-    notebook(f"%flax_train -q --optimizer optax.adam(1e-2) {batch}--steps 11 loss(normed, train)")
+    monkeypatch.setattr(TrainingLoop, "curve", property(lambda loop: replace(curve(loop), group=3)))
+    notebook(f"%flax_train -q --optimizer optax.adam(1e-2) {batch}--steps 31 --eval test loss(normed, train)")
     script = exported(notebook)
     assert "    return train_step(optimizer, state, data, rows, step, dropout_key)\n" in script or not batch
     assert "state, values = train_steps(" in script
-    assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs]
-    lines = [line.split()[-1] for line in printed(f"{script}\n{SHOWN}", tmp_path)[-2:]]
-    assert lines[0] == notebook.session.runs[-1].losses.tobytes().hex()
+    assert "  until = min(look for look in looks if look > step)\n" in script
+    (run,), lines = notebook.session.runs, printed(f"{script}\n{SHOWN}", tmp_path)
+    assert digests_of(lines)[:1] == [run.digest]
+    assert looks_in(lines) == looks_of(run)
+    assert lines[-2] == run.losses.tobytes().hex()
 
 
 def test_what_comes_after_a_training_of_a_file_is_left_out(notebook, tmp_path):
