@@ -91,8 +91,8 @@ def called_by(equation: Equation) -> ClosedJaxpr | None:
     if equation.primitive.name not in (*CALLS, "custom_vjp_call_jaxpr", "custom_lin"):
         return None
     params = equation.params
-    called = next((params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params), None)
-    return called if called is None or hasattr(called, "consts") else ClosedJaxpr(called, [])
+    found = next((params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params), None)
+    return found if found is None or hasattr(found, "consts") else ClosedJaxpr(found, [])
 
 
 def bind(equation: Equation, arguments: Sequence[Leaf]) -> list[Leaf]:
@@ -193,19 +193,19 @@ def _steps(level: Level, equation: Equation) -> Iterator[Level]:
         return
     if name == "while":
         first, consts = params["cond_nconsts"], params["body_nconsts"]
-        constants, body, carry = arguments[first : first + consts], params["body_jaxpr"], arguments[first + consts :]
+        given, body, carry = arguments[first : first + consts], params["body_jaxpr"], arguments[first + consts :]
         for n in range(STEPS):
             if not bool(Level(params["cond_jaxpr"], [*arguments[:first], *carry]).results[0]):
                 return
-            step = Level(body, [*constants, *carry], outer={}, marks=marks, step=f"step {n}")
+            step = Level(body, [*given, *carry], outer={}, marks=marks, step=f"step {n}")
             yield step
             carry = step.results
         return
     consts, carries = scan_groups(params)
     body = params["jaxpr"]
-    constants, carry, scanned = arguments[:consts], arguments[consts : consts + carries], arguments[consts + carries :]
+    given, carry, scanned = arguments[:consts], arguments[consts : consts + carries], arguments[consts + carries :]
     order = range(params["length"])
     for n in list(reversed(order) if params["reverse"] else order)[:STEPS]:
-        step = Level(body, [*constants, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}")
+        step = Level(body, [*given, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}")
         yield step
         carry = step.results[:carries]
