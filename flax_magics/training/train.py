@@ -16,7 +16,7 @@ from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import kind_of
 from ..base.measures import Timing
 from ..base.text import clean, plural
-from ..base.threads import Interrupts
+from ..base.threads import Interrupts, Overtaken
 from ..base.types import PyTree
 from ..compile.cache import Services
 from ..compile.initialise import made_of
@@ -310,7 +310,13 @@ class Trainer:
                     loop.stopped = str(error).partition("\n")[0]
                 # Only finished steps count; a look that was committed has to be said to have been stopped, too.
                 if loop.step > first or self._has_committed:
-                    services.on_progress(self._finish())
+                    try:
+                        services.on_progress(self._finish())
+                    except (
+                        Overtaken
+                    ):  # nothing is kept, and an interrupt or an error of the user's ends it all the same
+                        if isinstance(error, NotFinite):
+                            raise
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed()) from None
                 raise
