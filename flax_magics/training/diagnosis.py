@@ -207,7 +207,10 @@ class Evaluated:
             parts.append(f"at {level.step} of the loop")
         if "transpose(" in str(equation.source_info.name_stack):
             parts.append("in the backward pass")
-        line = _line_of(equation)
+        line, around = _line_of(equation), level.around
+        # A rule that JAX evaluates by itself, inside a loop, has no line of its own.
+        while not line and around is not None:
+            line, around = _line_of(around[1]), around[0].around
         return " ".join(parts) + (f", {line}" if line else "")
 
     def module_of(self, level: Level, equation: Equation) -> Path | None:

@@ -8,6 +8,7 @@ entered at their first step that gives a bad value.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from ..models.calls import marks_of
 
 STEPS = 10_000
 """The most steps of a loop that are gone through."""
+_NUMBERS = itertools.count()
 
 
 class Level:
@@ -34,6 +36,7 @@ class Level:
       outer: for an input, the level and the atom outside that give its value; those without are where a search ends.
       marks: those of the calls around it, see `marks_of`.
       step: the step of the loop that it is, such as `step 3`; empty outside of loops.
+      around: the equation that calls it, with that one's level; None for the outermost.
     """
 
     def __init__(
@@ -44,8 +47,12 @@ class Level:
         outer: Mapping[Atom, tuple[Level, Atom]] | None = None,
         marks: tuple[int, ...] = (),
         step: str = "",
+        around: tuple[Level, Equation] | None = None,
     ) -> None:
         self.jaxpr, self.outer, self.marks, self.step = closed.jaxpr, outer or {}, marks, step
+        self.around = around
+        self.number = next(_NUMBERS)
+        """Its own for ever: a step of a loop is forgotten before the next one is there, which may take its `id`."""
         self.values: dict[Atom, Leaf] = dict(zip(self.jaxpr.constvars, closed.consts, strict=True))
         self.values.update(zip(self.jaxpr.invars, arguments, strict=True))
         self.makers: dict[Atom, tuple[Equation, int]] = {}
@@ -69,7 +76,8 @@ class Level:
         if closed is None or len(closed.jaxpr.invars) != len(arguments):
             return bind(equation, arguments)
         outer = {var: (self, atom) for var, atom in zip(closed.jaxpr.invars, equation.invars, strict=True)}
-        level = Level(closed, arguments, outer=outer, marks=self.marks_at(equation), step=self.step)
+        marks, around = self.marks_at(equation), (self, equation)
+        level = Level(closed, arguments, outer=outer, marks=marks, step=self.step, around=around)
         self.inner[id(equation)] = level
         return level.results
 
@@ -125,6 +133,7 @@ class Culprit(Struct, frozen=True):
 def culprit_of(level: Level, atom: Atom) -> Culprit | None:
     """What has made the bad value of `atom`; None where it came of nothing but constants that are infinite."""
     seen: set[tuple[int, int]] = set()
+    """Numbers of levels and ids of their atoms."""
     # A stack of its own: Python's is too small for a model of some hundred equations in a row.
     searches, culprit = [_search(level, atom, seen)], None
     while searches:
@@ -146,7 +155,7 @@ Search: TypeAlias = Generator[tuple[Level, Atom], Culprit | None, Culprit | None
 def _search(level: Level, atom: Atom, seen: set[tuple[int, int]]) -> Search:
     """`culprit_of`; `seen` are places that were searched and gave nothing."""
     while True:
-        place = (id(level), id(atom))
+        place = (level.number, id(atom))
         if hasattr(atom, "val") or place in seen:
             return None
         seen.add(place)
@@ -171,25 +180,40 @@ def _through(level: Level, equation: Equation, atom: Atom) -> Search:
         culprit = yield level, each
         if culprit is not None:
             return culprit
-    if equation.primitive.name in ("scan", "while", "cond"):
+    entered = equation.primitive.name in ("scan", "while", "cond")
+    if entered:
         # One step at a time: all its values are kept while it is looked at.
         for step in _steps(level, equation):
-            result = next((one for one in step.jaxpr.outvars if is_bad(step.read(one))), None)
-            if result is not None:
-                return (yield step, result) or Culprit(level, equation, atom)
-    # Of infinities that nobody has made it makes NaN: −inf − −inf, where a mask hides everything.
-    return Culprit(level, equation, atom) if not bad or (has_nan(level.read(atom)) and not nans) else None
+            outputs = step.jaxpr.outvars
+            # Each step hands on its carry to the next; what it gives besides concerns nobody but the output itself.
+            of_this = [outputs[equation.outvars.index(atom)], *outputs[: _carried(equation)]]
+            values = [step.read(one) for one in of_this]
+            for has in (has_nan, is_bad):
+                for one in (one for one, value in zip(of_this, values, strict=True) if is_bad(value) and has(value)):
+                    culprit = yield step, one
+                    if culprit is not None:
+                        return culprit
+    # Of infinities that nobody has made it makes NaN: −inf − −inf, where a mask hides everything. What was entered in vain
+    # has infinities that are constants inside, as a mask that JAX has moved out of a loop.
+    makes = (not bad and not entered) or (has_nan(level.read(atom)) and not nans)
+    return Culprit(level, equation, atom) if makes else None
+
+
+def _carried(equation: Equation) -> int:
+    """How many outputs of a loop are what its steps hand on; of a cond none."""
+    name, outputs = equation.primitive.name, len(equation.outvars)
+    return scan_groups(equation.params)[1] if name == "scan" else outputs if name == "while" else 0
 
 
 def _steps(level: Level, equation: Equation) -> Iterator[Level]:
     """The steps of a loop in order, up to the first that gives a bad value; the branch that a cond takes."""
     params, name = equation.params, equation.primitive.name
     arguments = [level.read(atom) for atom in equation.invars]
-    marks = level.marks_at(equation)
+    marks, around = level.marks_at(equation), (level, equation)
     if name == "cond":
         branch = params["branches"][int(arguments[0])]
         outer = {var: (level, atom) for var, atom in zip(branch.jaxpr.invars, equation.invars[1:], strict=True)}
-        yield Level(branch, arguments[1:], outer=outer, marks=marks, step=level.step)
+        yield Level(branch, arguments[1:], outer=outer, marks=marks, step=level.step, around=around)
         return
     if name == "while":
         first, consts = params["cond_nconsts"], params["body_nconsts"]
@@ -197,7 +221,7 @@ def _steps(level: Level, equation: Equation) -> Iterator[Level]:
         for n in range(STEPS):
             if not bool(Level(params["cond_jaxpr"], [*arguments[:first], *carry]).results[0]):
                 return
-            step = Level(body, [*given, *carry], outer={}, marks=marks, step=f"step {n}")
+            step = Level(body, [*given, *carry], outer={}, marks=marks, step=f"step {n}", around=around)
             yield step
             carry = step.results
         return
@@ -206,6 +230,8 @@ def _steps(level: Level, equation: Equation) -> Iterator[Level]:
     given, carry, scanned = arguments[:consts], arguments[consts : consts + carries], arguments[consts + carries :]
     order = range(params["length"])
     for n in list(reversed(order) if params["reverse"] else order)[:STEPS]:
-        step = Level(body, [*given, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}")
+        step = Level(
+            body, [*given, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}", around=around
+        )
         yield step
         carry = step.results[:carries]

@@ -58,15 +58,16 @@ class Numbers:
 
     def add(self, loss: Leaf, metrics: Mapping[str, Leaf], steps: int) -> None:
         """Adds the numbers of so many steps."""
-        after = self.count + steps
-        for name, value in {"": loss, **{f" {name}": value for name, value in metrics.items()}}.items():
+        after, values = self.count + steps, {"": loss, **{f" {name}": value for name, value in metrics.items()}}
+        for name in {**self._arrays, **values}:
             array = self._arrays.get(name)
             if array is None:
                 array = self._arrays[name] = np.full(max(self.count, 64), np.nan, np.float32)
             if len(array) < after:
                 more = np.zeros(max(len(array), 64, steps), np.float32)
                 self._arrays[name] = array = np.concatenate([array, more])
-            array[self.count : after] = np.ravel(np.asarray(value)).astype(np.float32)
+            # A training may go on with a loss that has other metrics: each has a number for each step.
+            array[self.count : after] = np.ravel(np.asarray(values.get(name, np.nan))).astype(np.float32)
         self.count = after
 
     @property

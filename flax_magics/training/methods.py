@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from ..base.threads import at_once, uninterrupted, until_committed
+from ..base.threads import Overtaken, at_once, uninterrupted, until_committed
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ..state.state import State
     from .record import Progress
     from .repeat import Beginning
+
+
+ATTEMPTS = 5
+"""How often a training begins anew before it gives up, where others draw before its first step is kept."""
 
 
 class LossMethods:
@@ -147,7 +151,6 @@ class LossMethods:
         state = self._state
         return state, *self._entry_now(name, module)
 
-    @until_committed
     def run_train(
         self,
         name: str,
@@ -159,6 +162,32 @@ class LossMethods:
         notes: tuple[Note, ...] = (),
     ) -> Run:
         """`train` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
+        for _ in range(ATTEMPTS):
+            try:
+                return self._train_once(name, function, call, options, module=module, notes=notes)
+            except Overtaken:
+                if call.args and isinstance(call.args[0], Iterator):  # some of its batches are gone
+                    break
+        # No first step was kept: the keys that it had are those of another run by now.
+        message = (
+            "something else drew from the session before the first step was kept: another thread, or the data as they were"
+            " gone through. Nothing of this training is kept."
+        )
+        raise FlaxMagicsError(
+            message, hint="draws that data need are made before a training, with a key for each batch"
+        )
+
+    def _train_once(
+        self,
+        name: str,
+        function: Any,
+        call: Call,
+        options: TrainOptions,
+        *,
+        module: object,
+        notes: tuple[Note, ...],
+    ) -> Run:
+        """`run_train`. Raises Overtaken where another thread, or the data, drew before the first step was kept."""
         from .repeat import beginning_of, goes_on_as
         from .train import train_model
 
@@ -232,10 +261,11 @@ class Committing:
         with uninterrupted(), session._committing:
             state = session._state
             if self._last is None:
-                session._check(self._before)
+                if self._is_overtaken(state, progress):
+                    raise Overtaken
                 state = self._first(state, stored, progress)
             else:
-                if state.models.get(entry.name) is not self._last.entry:
+                if not _has_same_weights(state.models.get(entry.name), self._last.entry):
                     raise FlaxMagicsError(f"`{entry.name}` was changed by another thread while it was trained.")
                 assert self._stored is not None
                 runs = with_newer(state.runs, self._stored, stored)
@@ -251,6 +281,13 @@ class Committing:
         # A snapshot takes time of this thread: there is another one once that before is written.
         if session.autosaving is not None and (last or session.autosaving.idle):
             session.autosaving.after(stored.facts, state)
+
+    def _is_overtaken(self, state: State, progress: Progress) -> bool:
+        """Whether another thread has made a draw since, or given the net other weights: both are the training's own."""
+        before, name = self._before, progress.entry.name
+        drew = state.root is not before.root or state.opened is not before.opened
+        same = _has_same_weights(state.models.get(name), before.models.get(name))
+        return (drew and not progress.resumed) or not same
 
     def _first(self, state: State, stored: StoredRun, progress: Progress) -> State:
         """The state after the first commit: past the draw; one that was resumed takes the place of its earlier Run."""
@@ -276,6 +313,14 @@ class Committing:
         if not isinstance(earlier.origin.how, TrainRecipe) or not self._goes_on_as(earlier.origin.how):
             return None
         return Beginning(earlier.origin, earlier.size, earlier.inputs)
+
+
+def _has_same_weights(entry: ModelEntry | None, before: ModelEntry | None) -> bool:
+    """Whether no run and no assignment has changed a net's weights; what runs have learned of it may be more by now."""
+    if entry is None or before is None:
+        return entry is before
+    same = entry.model is before.model and entry.variables is before.variables and entry.training is before.training
+    return same and entry.update_counts == before.update_counts
 
 
 def _earlier(runs: RunLog | None, run: Run) -> StoredRun | None:

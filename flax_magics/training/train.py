@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from ..base.curve import ROW_ORDER, Curve
 from ..base.measures import Timing
 from ..base.text import clean, plural
-from ..base.threads import Interrupts
+from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.trace import TracedCall, trace_call
@@ -46,6 +46,8 @@ from .step import Step
 
 STILL = 50
 """After so many steps of the same loss something is wrong."""
+EXPLODED = 1e3
+"""A loss of so many times the first one was on its way to infinity."""
 OFTEN = 0.05
 """Seconds between two commits of finished steps, at least."""
 SHOWN = 0.5
@@ -307,14 +309,15 @@ class Trainer:
                     loop.stopped = str(error).partition("\n")[0]
                 # Only finished steps count; a look that was committed has to be said to have been stopped, too.
                 if loop.step > first or self._has_committed:
-                    services.on_progress(self._finish())
+                    try:
+                        services.on_progress(self._finish())
+                    except (
+                        Overtaken
+                    ):  # nothing is kept, and an interrupt or an error of the user's ends it all the same
+                        if isinstance(error, NotFinite):
+                            raise
                 if isinstance(error, NotFinite):
-                    line = f"%flax_train --resume {self.call.text}"
-                    # As it is, the line would meet the same step again.
-                    hint = (
-                        f"once the loss or its data are mended, `{line}` goes on with this step" if loop.step else None
-                    )
-                    raise FlaxMagicsError(loop.stopped, hint=hint) from None
+                    raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed()) from None
                 raise
             return self._finish()
 
@@ -340,6 +343,19 @@ class Trainer:
         request = replace(self.traced.request, variables=loop.state.variables, guess=self.traced.needs)
         why = why_of_step(self.programs.step, request, loop.state.opt_state, (keys, arguments, rows), value)
         return f"{place} is not finite and was not taken: {why}"
+
+    def _hint_of_failed(self) -> str | None:
+        """What to do about a step that is not finite; None where it was the first of all."""
+        losses = self.loop.numbers.losses
+        if not len(losses):
+            return None
+        # As it is, the line would meet the same step again.
+        line = f"%flax_train --resume {self.call.text}"
+        hint = f"once the loss or its data are mended, `{line}` goes on with this step"
+        if losses[-1] > EXPLODED * abs(losses[0]):
+            grown = f"the loss was {losses[0]:.4g} in step 0 and {losses[-1]:.4g} in step {len(losses) - 1}"
+            hint = f"{grown}: the rate may be too high for steps that nothing clips\n{hint}"
+        return hint
 
     def _on_step(self) -> None:
         """Commits what is finished, and shows it, unless that was done just now."""

@@ -49,3 +49,6 @@ def test_numbers_grow_and_what_was_read_stays():
     np.testing.assert_array_equal(metrics["late"], np.float32([np.nan, 7]))
     assert (numbers.count, numbers.losses.tolist()) == (101, [3.0, 2.0, *range(99)])
     assert {array.dtype.name for array in (numbers.losses, *numbers.metrics.values())} == {"float32"}
+    numbers.add(np.float32(1.0), {"accuracy": np.float32(0.75)}, 1)  # of a loss that has one metric fewer
+    assert np.isnan(numbers.metrics["late"][-1])
+    assert {len(array) for array in numbers.metrics.values()} == {numbers.count} == {102}

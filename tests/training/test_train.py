@@ -554,6 +554,50 @@ def test_another_thread_that_changes_the_net_ends_the_training(monkeypatch):
     assert session._state.models["net"].training is None
 
 
+def test_another_thread_may_register_and_apply_while_a_net_is_trained(monkeypatch):
+    session, alone = session_of(Dense()), session_of(Dense())
+    monkeypatch.setattr(train, "SHOWN", 0.0)
+    monkeypatch.setattr(train, "OFTEN", 0.0)
+
+    def elsewhere(function: Any, *args: Any) -> None:
+        thread = threading.Thread(target=function, args=args)
+        thread.start()
+        thread.join()
+
+    def on_phase(phase: str) -> None:
+        if phase.startswith("training") and "other" not in session.models:
+            elsewhere(session.register, "other", Switched())
+
+    session.services.on_phase = on_phase
+    session.services.on_progress = lambda run: elsewhere(session.apply, "net", DATA["x"])
+    run, undisturbed = (
+        each.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4) for each in (session, alone)
+    )
+    assert bits(run.losses) == bits(undisturbed.losses)
+    assert bits(session.models["net"].variables) == bits(alone.models["net"].variables)
+    assert (run.draw, session.draws) == (1, 5)
+    assert [each.draw for each in session.runs] == [1, 2, 3, 4, 5]
+
+
+def test_data_that_draw_as_they_are_gone_through_are_refused_and_ctrl_c_is_heard(monkeypatch):
+    session = session_of(Dense())
+    monkeypatch.setattr("flax_magics.training.methods.ATTEMPTS", 2)
+
+    class Drawing:
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(2):
+                session.key("noise")
+                yield DATA
+
+    with pytest.raises(FlaxMagicsError, match="something else drew from the session before the first step was kept"):
+        session.train(plain_loss, "net", Drawing(), optimizer=optax.sgd(0.1), epochs=1)
+    assert session._state.models["net"].training is None
+    monkeypatch.setattr(train.Trainer, "_on_step", lambda trainer: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        session.train(plain_loss, "net", Drawing(), optimizer=optax.sgd(0.1), epochs=1)
+    assert session._state.models["net"].training is None
+
+
 def test_variables_that_the_first_init_did_not_make_are_added():
     class Two(nn.Module):
         def setup(self) -> None:
