@@ -15,7 +15,10 @@ from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError
 from ..state.training import Position, SavedTraining, Training
 from ..state.trees import Writer
+from .format import json_of
 
+LONGEST = 1_000_000
+"""Characters of JSON: the state of an iterator that has more, arrays not counted, is left out of a file's header."""
 GROUPED = 10_000
 """The most steps of a group: a file does not decide how much memory is taken."""
 
@@ -38,7 +41,7 @@ def written_position(position: Position | None, path: str, writer: Writer) -> Po
     own_writer, node = Writer(), None
     with suppress(FlaxMagicsError):
         node = own_writer.tree(position.state, path)
-    if own_writer.foreign is not None:
+    if own_writer.foreign is not None or len(json_of(node)) > LONGEST:
         return replace(position, state=None)
     if node is not None:
         writer.arrays.update(own_writer.arrays)

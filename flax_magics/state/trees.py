@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,8 +25,6 @@ DEPTH = 200
 """How deep a tree may be: deeper ones are neither written nor read."""
 _IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
 """PRNG implementations that JAX knows by these names; a file may name no other."""
-
-HEX = re.compile(r"(?:[0-9a-f]{2})*")
 
 Node: TypeAlias = Any
 """JSON data that represents a pytree."""
@@ -67,7 +64,9 @@ class Writer:
         if type(tree) in (list, tuple):
             return {type(tree).__name__: [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]}
         if type(tree) is bytes:
-            return {"bytes": tree.hex()}
+            name = self._name(path)
+            self.arrays[name] = np.frombuffer(tree, np.uint8)
+            return {"bytes": name}
         if type(tree) is complex:
             return {"complex": [tree.real, tree.imag]}
         if isinstance(tree, jax.ShapeDtypeStruct):
@@ -167,8 +166,8 @@ class Reader(Struct, frozen=True):
                 return inside(children)
             case [("tuple", list(children))]:
                 return tuple(inside(children))
-            case [("bytes", str(digits))] if HEX.fullmatch(digits):
-                return bytes.fromhex(digits)
+            case [("bytes", str(name))] if self.stored(name).dtype == np.uint8 and self.stored(name).ndim == 1:
+                return self.stored(name).tobytes()
             case [("complex", [float(real), float(imaginary)])]:
                 return complex(real, imaginary)
             case [("partitioned" | "logical" as kind, [list(names), child])]:

@@ -162,12 +162,11 @@ class BatchData:
         self.counted = isinstance(batches, (list, tuple))
         """Each epoch has as many batches as it says; a loader may be wrong about that."""
         self.per_epoch: int | None = None
-        with suppress(
-            TypeError, ValueError, NotImplementedError
-        ):  # of a loader that has no length, or does not know it
+        # Of a loader that has no length, or does not know it.
+        with suppress(TypeError, ValueError, NotImplementedError):
             self.per_epoch = len(batches)
         self._shapes = ""
-        self.epoch, self._taken = begin.epoch, begin.batches
+        self.epoch, self._taken, self._state = begin.epoch, begin.batches, begin.state
         self._fetching: Fetching | None = None
         self._ahead: Fetched | None = None
         self.unsure = "" if self.counted else "goes on with what the iterable gives now"
@@ -175,8 +174,8 @@ class BatchData:
 
     @property
     def position(self) -> Position:
-        """How far it has been taken, without the state of its iterator."""
-        return Position(self.epoch, self._taken)
+        """How far it has been taken."""
+        return Position(self.epoch, self._taken, self._state)
 
     @property
     def first(self) -> PyTree:
@@ -201,15 +200,14 @@ class BatchData:
         if fetched is None:
             self._end()
             return None
-        self._taken += 1
-        position = Position(self.epoch, self._taken, fetched.state)
-        return Batch(None, fetched.batch, _rows_in(self._text, fetched.batch), position=position)
+        self._taken, self._state = self._taken + 1, fetched.state
+        return Batch(None, fetched.batch, _rows_in(self._text, fetched.batch), position=self.position)
 
     def _end(self) -> None:
         """Ends an epoch."""
         self.close()
         self.per_epoch = self.per_epoch or self._taken
-        self.epoch, self._taken = self.epoch + 1, 0
+        self.epoch, self._taken, self._state = self.epoch + 1, 0, None
 
     def _next(self) -> Fetched | None:
         if self._fetching is None:

@@ -199,7 +199,8 @@ def test_other_weights_leave_nothing_to_go_on_with(path):
         ('["losses", ', '["lost", ', "the training of `net` is none"),
         ('"taken": true', '"taken": 1', "is not what it should be"),
         ('"batches": 2', '"batches": -2', "the training of `net` has a position in its data that is none"),
-        ('"bytes": "00ff"', '"bytes": "00f"', "a tree in it has a node that is none"),
+        ('"bytes": "net trained with/position/0"', '"bytes": "history of"', "names an array that is not there"),
+        ('"bytes": "net trained with/position/0"', '"bytes": "net trained with/losses"', "has a node that is none"),
     ],
 )
 def test_a_damaged_training_is_refused(path, before, after, why):
