@@ -240,6 +240,8 @@ class Trainer:
             ),
             unfinished=services.programs.unfinished,
         )
+        if isinstance(self.data, ArrayData) and schedule.total != finished:
+            self.programs.start(self.data.like(1))  # meanwhile the rows of the first epoch are shuffled
 
     def _initialise(self) -> RunVariables:
         """Initialises a linen net in the training's own draw, by `flax.linen.init(loss, net)` with the first batch."""
