@@ -240,8 +240,6 @@ class Trainer:
             ),
             unfinished=services.programs.unfinished,
         )
-        if isinstance(self.data, ArrayData) and schedule.total != finished:
-            self.programs.start(self.data.like(1))  # meanwhile the rows of the first epoch are shuffled
 
     def _initialise(self) -> RunVariables:
         """Initialises a linen net in the training's own draw, by `flax.linen.init(loss, net)` with the first batch."""
@@ -291,6 +289,9 @@ class Trainer:
         services.on_phase(f"training {self.name}")
         with Interrupts() as interrupts:
             try:
+                if isinstance(self.data, ArrayData) and loop.curve.total != first:
+                    with interrupts.opened():
+                        self.programs.start(self.data.like(1))  # meanwhile the first epoch's rows are shuffled
                 loop.run(interrupts, self.look, self._on_step)
             except BaseException as error:
                 loop.stopped = f"{type(error).__name__} in the loop"

@@ -258,7 +258,7 @@ def _laps(windows: Iterable[Window], rounds: int, share: int) -> Iterator[tuple[
 def first(keys: Collection[str], rounds: int) -> Seconds:
     """The first step, each in a process of its own with an empty cache, in turn."""
     by_hand = [MODEL, BY_HAND, "trained(two_programs(net), made(net), 1)"]
-    return _fresh(FIRST, [SETUP], by_hand, [MODEL, _line("loss(net, train)", 1)], rounds)
+    return _fresh(FIRST, [SETUP], by_hand, [MODEL, _line("loss(net, train)", 1)], min(rounds, 3))
 
 
 def memory(keys: Collection[str], rounds: int) -> Seconds:
@@ -266,7 +266,7 @@ def memory(keys: Collection[str], rounds: int) -> Seconds:
     spent = "spent = held('VmHWM') - before"
     by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
     ours = [WIDE, PEAK, _line("loss(wide, train)", 20), spent]
-    return _fresh(MEMORY, [SETUP], by_hand, ours, min(rounds, 3))
+    return _fresh(MEMORY, [SETUP], by_hand, ours, rounds // 2)
 
 
 def _fresh(row: Row, setup: list[str], by_hand: list[str], ours: list[str], rounds: int) -> Seconds:
