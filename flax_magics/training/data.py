@@ -102,6 +102,7 @@ class ArrayData:
     def like(self, steps: int) -> Batch:
         """A batch for so many steps to compile a program by, with no rows in particular."""
         rows = None if self._batch is None else np.zeros((steps, min(self._batch, self.size)), np.int32)
+        rows = rows if rows is None or steps > 1 else rows[0]
         return Batch(rows, None if rows is not None else self.tree, 0, steps)
 
     def take(self, step: int, steps: int = 1) -> Batch | None:

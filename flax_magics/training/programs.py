@@ -39,6 +39,7 @@ class StepPrograms:
         self.name, self.step, self._keys, self._services = name, step, keys, services
         self._state, self._data = state, data
         self._programs: dict[object, StepProgram] = {}
+        self._started: dict[object, Compiling] = {}
         self.origin, self.timing = "", Timing()
         self._has_effects = False
 
@@ -47,21 +48,25 @@ class StepPrograms:
         shapes = self._shapes(batch)
         program = self._programs.get(shapes)
         if program is None:
-            clock, before = self._services.clock, self.timing
-            begin = clock()
-            compiling = self._begin(batch)
-            traced = clock() - begin - compiling.timing.lower
+            compiling = self._started.pop(shapes, None) or self._timed(batch)
             executable, origin, timing = self._services.programs.finish_compiling(compiling, self._phase)
-            self.timing = replace(
-                before,
-                trace=before.trace + traced,
-                lower=before.lower + timing.lower,
-                compile=before.compile + timing.compile,
-            )
+            self.timing = replace(self.timing, compile=self.timing.compile + timing.compile)
             self.origin = self.origin or origin
             program = self._programs[shapes] = self._bound(executable, batch)
             self._services.on_phase(f"training {self.name}")
         return program
+
+    def start(self, batch: Batch) -> None:
+        """Starts to compile the program for a batch, which `of` then waits for."""
+        self._started[self._shapes(batch)] = self._timed(batch)
+
+    def _timed(self, batch: Batch) -> Compiling:
+        clock, before = self._services.clock, self.timing
+        begin = clock()
+        compiling = self._begin(batch)
+        lower = compiling.timing.lower
+        self.timing = replace(before, trace=before.trace + clock() - begin - lower, lower=before.lower + lower)
+        return compiling
 
     def begin(self, batch: Batch) -> Callable[[], StepProgram | None] | None:
         """Starts to compile the program of several steps; returns a function that gives it, or None before it is there.

@@ -295,6 +295,9 @@ class Trainer:
         services.on_phase(f"training {self.name}")
         with Interrupts() as interrupts:
             try:
+                if isinstance(self.data, ArrayData) and loop.curve.total != first:
+                    with interrupts.opened():
+                        self.programs.start(self.data.like(1))  # meanwhile the first epoch's rows are shuffled
                 loop.run(interrupts, self.look, self._on_step)
             except BaseException as error:
                 loop.stopped = f"{type(error).__name__} in the loop"

@@ -37,7 +37,7 @@ class Row(NamedTuple):
             values = [(own - least) * scale for own, least in zip(ours, floor or [0.0] * len(ours), strict=True)]
         value = statistics.median(values)
         goal = "" if self.goal is None else f"≤ {self.goal:g} {self.unit}, {'met' if value <= self.goal else 'NOT met'}"
-        low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+        low, *_, high = statistics.quantiles(values if len(values) > 1 else values * 2, n=10, method="inclusive")
         spread = f"{_digits(low)} – {_digits(high)}"
         sides = map(_bytes if self.in_bytes else _time, (by_hand, floor, ours))
         return self.key, self.title, *sides, f"{_digits(value)} {self.unit}", spread, goal

@@ -49,12 +49,15 @@ def test_a_loop_takes_turns_in_both_orders_after_one_that_warms_up():
 
 def test_the_table():
     rows = [Row("cold", "first result", 0.6), Row("bare", "over it", 80, "µs"), Row("msgspec", "an import", None, "ms")]
+    rows.append(Row("memory", "most of it", 1.1, in_bytes=True))
     seconds = {
         "cold/by hand": [1.0, 1.0, 1.5],
         "cold/ours": [0.5, 0.7, 0.6],
         "bare/floor": [3e-5, 2e-5, 1e-5],
         "bare/ours": [1.1e-4, 1.2e-4, 1.3e-4],
         "msgspec/ours": [0.01, 0.01],
+        "memory/by hand": [8e8, 8e8],
+        "memory/ours": [8e8, 8e8],
     }
     assert table(rows, seconds).splitlines() == [
         "| name    | lap          | by hand | floor | ours   | median | spread      | goal             |",
@@ -62,6 +65,7 @@ def test_the_table():
         "| cold    | first result | 1 s     |       | 600 ms | 0.5 ×  | 0.42 – 0.66 | ≤ 0.6 ×, met     |",
         "| bare    | over it      |         | 20 µs | 120 µs | 100 µs | 84 – 116    | ≤ 80 µs, NOT met |",
         "| msgspec | an import    |         |       | 10 ms  | 10 ms  | 10 – 10     |                  |",
+        "| memory  | most of it   | 800 MB  |       | 800 MB | 1 ×    | 1 – 1       | ≤ 1.1 ×, met     |",
     ]
 
 

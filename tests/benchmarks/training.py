@@ -34,12 +34,15 @@ def rows_of(steps):
 tx = optax.adamw(1e-3)
 take = jax.jit(lambda data, rows: jax.tree.map(lambda array: array[rows], data))
 """
-MODELS = """\
+MODEL = """\
 class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(10)(nn.relu(nn.Dense(128)(x)))
 
+net = MLP()
+"""
+MODELS = """\
 class Normed(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
@@ -61,7 +64,7 @@ class NnxMLP(nnx.Module):
   def __call__(self, x):
     return self.out(nnx.relu(self.hidden(x)))
 
-net, normed, cnn = MLP(), Normed(), CNN()
+normed, cnn = Normed(), CNN()
 module, own_module = (NnxMLP(nnx.Rngs(0)) for _ in range(2))
 optimizer = nnx.Optimizer(own_module, tx, wrt=nnx.Param)
 
@@ -106,6 +109,8 @@ def trained(step, state, steps):
     accuracies.append(metrics['accuracy'])
   return jax.block_until_ready(state), np.asarray(losses), np.asarray(accuracies)
 
+"""
+ALL_BY_HAND = """\
 @nnx.jit
 def nnx_step(module, optimizer, batch):
   (value, metrics), grads = nnx.value_and_grad(loss, has_aux=True)(module, batch)
@@ -120,7 +125,7 @@ steps_of = {'two': two_programs(net), 'one': one_program(net), 'cnn': one_progra
 steps_of['normed'] = one_program(normed, train=True)
 states = {'two': made(net), 'one': made(net), 'cnn': made(cnn), 'normed': made(normed)}
 """
-CELLS = [SETUP, LOAD, MODELS, BY_HAND]
+CELLS = [SETUP, LOAD, MODEL, MODELS, BY_HAND, ALL_BY_HAND]
 KERAS = """\
 import os
 os.environ['KERAS_BACKEND'] = 'jax'
@@ -252,16 +257,16 @@ def _laps(windows: Iterable[Window], rounds: int, share: int) -> Iterator[tuple[
 
 def first(keys: Collection[str], rounds: int) -> Seconds:
     """The first step, each in a process of its own with an empty cache, in turn."""
-    by_hand = [MODELS, BY_HAND, "trained(steps_of['two'], made(net), 1)"]
-    return _fresh(FIRST, CELLS[:1], by_hand, [MODELS, _line("loss(net, train)", 1)], rounds)
+    by_hand = [MODEL, BY_HAND, "trained(two_programs(net), made(net), 1)"]
+    return _fresh(FIRST, [SETUP], by_hand, [MODEL, _line("loss(net, train)", 1)], min(rounds, 3))
 
 
 def memory(keys: Collection[str], rounds: int) -> Seconds:
     """What 20 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
     spent = "spent = held('VmHWM') - before"
-    by_hand = [BY_HAND, WIDE, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
+    by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
     ours = [WIDE, PEAK, _line("loss(wide, train)", 20), spent]
-    return _fresh(MEMORY, [SETUP, MODELS], by_hand, ours, min(rounds, 3))
+    return _fresh(MEMORY, [SETUP], by_hand, ours, rounds // 2)
 
 
 def _fresh(row: Row, setup: list[str], by_hand: list[str], ours: list[str], rounds: int) -> Seconds:
