@@ -161,13 +161,13 @@ def _method(command: CommandLines) -> list[str]:
     return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
 
 
-def _merged(command: CommandLines, kept: Sequence[str], updates: str) -> list[str]:
+def _merged(command: CommandLines, collections: Sequence[str], updates: str) -> list[str]:
     """The line that merges collections which a run wrote into the variables; none if nothing is kept."""
-    if not kept:
+    if not collections:
         return []
     variables = command.model.variables
-    whole = set(kept) == set(_mutable(command))
-    new = f"**{updates}" if whole else _picked(command.writer, kept, updates)
+    whole = set(collections) == set(_mutable(command))
+    new = f"**{updates}" if whole else _picked(command.writer, collections, updates)
     return [f"{variables} = {{**{variables}, {new}}}"]
 
 
