@@ -215,15 +215,17 @@ class TrainLines:
             if self.is_cut:
                 rows = [f"{self.variable('size')} = len(jax.tree.leaves({data})[0])"]
             return [f"{data} = jax.tree.map(jnp.asarray, {text})", *rows]
-        batches, is_there = self.variable("batches"), f"batches of {self.model.name}, as {text}"
-        # An iterator goes on where it is; what a name stands for by now is begun anew.
-        if first and is_there in self.writer.spare and text not in self.command.context.rebound:
+        batches, of_name = self.variable("batches"), f"iterator {text} of {self.model.name}"
+        # One that has a name goes on where it is; all else is begun anew, and what the steps took of it is left out.
+        if first and of_name in self.writer.spare:
             return []
-        self.writer.spare[is_there] = batches
+        self.writer.spare.pop(of_name, None)
+        if self.task.once and text.isidentifier() and text not in self.command.context.rebound:
+            self.writer.spare[of_name] = batches
         self.writer.needs.add("itertools")
         epochs = f"itertools.chain.from_iterable(itertools.repeat({text}))"
-        skipped = first % self.curve.epoch if self.curve.epoch else first
-        return [f"{batches} = " + (f"itertools.islice({epochs}, {skipped}, None)" if skipped else epochs)]
+        taken = 0 if self.task.once else first % self.curve.epoch if self.curve.epoch else first
+        return [f"{batches} = " + (f"itertools.islice({epochs}, {taken}, None)" if taken else epochs)]
 
     def from_file(self, saved: str, optimizer: str, params: str) -> list[str]:
         """The lines that read from a file what the training goes on with: keys, optimizer's state, losses and looks.

@@ -98,8 +98,8 @@ def skipped(training: Training) -> int:
     return training.step % training.curve.epoch if training.curve.epoch else training.step
 
 
-def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) -> Task:
-    """What a training is asked to do, once its options are completed; `arrays`: of its data."""
+def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool, once: bool) -> Task:
+    """What a training is asked to do, once its options are completed; `arrays` and `once`: of its data."""
     assert options.optimizer is not None
     return Task(
         optimizer=options.optimizer.text,
@@ -109,6 +109,7 @@ def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) ->
         eval=options.eval_text,
         freeze=options.freeze,
         arrays=arrays,
+        once=once,
         parts=() if resumed is None else (*resumed.curve.task.parts, resumed.step),
         looks=() if resumed is None else (*resumed.curve.task.looks, len(resumed.curve.evals)),
     )

@@ -240,6 +240,11 @@ def test_a_loss_in_its_own_cell_a_generator_and_an_optimizer_that_takes_the_loss
         "def mine(net, x, train):\n    return (net(x, train=train) ** 2).mean()\nmine(normed, train['x'])",
         "def some():\n    for n in range(6):\n        yield {name: array[n : n + 4] for name, array in train.items()}",
         "%flax_train -q --optimizer optax.sgd(0.1) --steps 5 loss(normed, some())",
+        "%flax_train -q --resume --steps 7 loss(normed, some())",
+        "batches = list(some())",
+        "%flax_train -q --steps 4 loss(normed, batches)",
+        "batches = batches[::-1]",
+        "%flax_train -q --resume --steps 8 loss(normed, batches)",
     )
     assert "    value_fn=lambda params: loss_of(params)[0],\n" in script
 
