@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -26,6 +26,7 @@ class Load(Record):
       state: the file's modification time in ns and its size in bytes; see `state_of`.
       seed, draws: the position of the loaded root key.
       models: names of the models in the file.
+      trained: model → how many steps of its training are finished, which `--resume` goes on with.
     """
 
     file: str
@@ -33,6 +34,7 @@ class Load(Record):
     seed: int
     draws: int
     models: tuple[str, ...]
+    trained: Mapping[str, int] = {}
 
 
 class Place:

@@ -114,16 +114,20 @@ def _model(
     module = entry.model.module
     # Registered under its class's name: in the script that name is the class.
     instance = free.take(variable_name(name)) if type(module).__name__ == name else name
-    linen = _linen_models(entries)
+    linen, opt_state = _linen_models(entries), None if entry.training is None else entry.training.opt_state
     if name not in linen:
         construction = entry.built.recipe.text if entry.built is not None else ""
-        return ScriptModel(instance, module, True, construction=construction)
+        saved = entry.model.variables_to_save(None)
+        loaded = {kind: tree for kind, tree in saved.items() if kind not in ("RngKey", "RngCount")}
+        return ScriptModel(instance, module, True, construction=construction, loaded=loaded, opt_state=opt_state)
     variables = _name_of_init(name, runs, sources)
     if not variables:
         variables = free.take(*(["variables"] if len(linen) == 1 else []), f"{instance}_variables")
     adds = any(run.model == name and run.made is not None and run.made.added for run in runs)
     first_key = free.take(f"{instance}_init_key") if adds else ""
-    return ScriptModel(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
+    return ScriptModel(
+        instance, module, False, variables, first_key=first_key, loaded=entry.variables, opt_state=opt_state
+    )
 
 
 def _linen_models(entries: Mapping[str, ModelEntry]) -> list[str]:

@@ -96,6 +96,13 @@ class CommandSite(Struct, frozen=True, eq=False):
             return False
         return run.replayed == (self.parsed.options["keys_of"] is not None)
 
+    def has_begun(self, run: Run) -> bool:
+        """Whether the command may have begun a training; one that was gone on with has the call of the last command."""
+        if self.call is None or self.parsed.options["resume"] or run.trained is None:
+            return False
+        net = self.call.arguments[0][1] if self.call.arguments else ""
+        return run.call in (self.call.call, self.call.text) or (bool(run.trained.task.parts) and run.model == net)
+
     def has_mode_of(self, run: Run) -> bool:
         """Whether mode and number of samples agree. In any mode, a run of a model without a switch is `as written`."""
         return run.mode in (self.mode, "as written") and run.samples == self.parsed.options["samples"]
@@ -112,7 +119,7 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
     "init": lambda site, run: site.has_call_of(run) and not is_build(run),
     "key": lambda site, run: run.call == site.parsed.rest,
     "grad": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
-    "train": lambda site, run: site.call is not None and run.call in (site.call.call, site.call.text),
+    "train": lambda site, run: site.has_begun(run),
 }
 """For each command of a run, whether a place with that command may have made the run."""
 

@@ -60,7 +60,8 @@ def _run(command: CommandLines) -> list[str]:
     name, model = command.runs[-1].model or "", command.model
     if any(run.spelling is not None and run.spelling.nnx is not model.holds for run in command.runs):
         raise CannotSay(f"`{name}` was a model of Flax's other API then")
-    if site.name == "flax_init" or command.initialising:
+    goes_on = site.name == "flax_train" and command.options["resume"]
+    if site.name == "flax_init" or (command.initialising and not goes_on):
         # New variables: what made the old ones impossible to write no longer matters.
         context.lost.pop(name, None)
     if name in context.lost and command.options.get("variables") is None:
@@ -83,8 +84,9 @@ def _of_training(command: CommandLines) -> CommandLines:
     if index is None:
         arguments = command.site.call.arguments if command.site.call is not None else ()
         net = next((text for name, text in arguments if name is None), "")
-        context.lost[net] = f"the weights of `{net}` come from a training that has no lines"
-        raise CannotSay("it goes on with a training that has no lines")
+        reason = context.lost.get(net, "it goes on with a training that has no lines")
+        context.lost.setdefault(net, f"the weights of `{net}` come from a training that has no lines")
+        raise CannotSay(reason)
     return CommandLines(context, command.site, [index])
 
 
@@ -99,6 +101,14 @@ def _train(command: CommandLines) -> list[str]:
 
 def _register(command: CommandLines) -> list[str]:
     """`%flaxmodel net = Net(8)`, and the models that a `%%flaxmodel` cell registers by itself."""
+    lines, context = _registered(command), command.context
+    for name in sorted(context.restored & context.waiting.keys()):
+        lines += context.waiting.pop(name)
+    return lines
+
+
+def _registered(command: CommandLines) -> list[str]:
+    """The lines of `_register`, without those that put a file's variables into the modules."""
     context, writer, site = command.context, command.writer, command.site
     name, _, written = (part.strip() for part in site.parsed.rest.partition("="))
     lines: list[str] = []
@@ -170,6 +180,7 @@ def _load(command: CommandLines) -> list[str]:
         raise CannotSay("it stands inside of another statement")
     lines: list[str] = []
     context.assigned.add(writer.root)
+    context.trained.clear()  # the history is another
     for name in (name for name in load.models if name in context.models):
         model = context.models[name]
         reason = _why_unreadable(load, name, model)
@@ -178,7 +189,6 @@ def _load(command: CommandLines) -> list[str]:
             lines.append(f"# Left out: {context.lost[name]}.")
             continue
         context.lost.pop(name, None)
-        context.assigned.add(model.variables)
         writer.needs |= {"safetensors", "traverse_util"}
         tensors = writer.variable("tensors", "loaded_tensors")
         # One reading serves all models of the file.
@@ -186,22 +196,49 @@ def _load(command: CommandLines) -> list[str]:
             file = str(Path(load.file).expanduser()) if load.file.startswith("~") else load.file
             read = f"safetensors.flax.load_file({writer.text(file)})"
             lines.append(f"{tensors} = traverse_util.unflatten_dict({read}, sep={writer.text('/')})")
-        lines.append(f"{model.variables} = {tensors}[{writer.text(name)}]")
+        arrays = f"{tensors}[{writer.text(name)}]"
+        if not model.holds:
+            context.assigned.add(model.variables)
+            lines.append(f"{model.variables} = {arrays}")
+        elif model.name in context.names.bound:
+            lines += _into_module(command, model, arrays)
+        else:
+            context.waiting[name] = _into_module(command, model, arrays)
+        trained = training.resumed_of(context.groups.runs, name, load.trained.get(name))
+        if trained is not None:
+            index, context.trained[index] = trained[0], trained[1]
+            context.saved[index] = f"{tensors}[{writer.text(f'{name} trained with')}]"
     lines.append(writer.start(load.seed))
     if load.draws:
         lines += [f"# The session in the file had made {draws(load.draws)}.", *writer.advance(load.draws)]
     return lines
 
 
+def _into_module(command: CommandLines, model: ScriptModel, arrays: str) -> list[str]:
+    """The lines that put a file's `arrays` into an NNX module."""
+    command.writer.needs.add("nnx")
+    values, unit = command.writer.variable("loaded", "loaded_values"), command.writer.unit
+    kinds = [f"nnx.{kind}" for kind in model.loaded]
+    return [
+        f"for kind in ({', '.join(kinds)}{',' * (len(kinds) == 1)}):",
+        f"{unit}{values} = nnx.state({model.name}, kind)",
+        f"{unit}nnx.replace_by_pure_dict({values}, {arrays}[kind.__name__])",
+        f"{unit}nnx.update({model.name}, {values})",
+    ]
+
+
 def _why_unreadable(load: Load, name: str, model: ScriptModel) -> str:
     """Why plain lines cannot read a model's variables from the file, as a relative clause; empty where they can."""
-    if model.holds:
-        return "and those of an NNX model have no lines yet"
     # The file was written to since: what it has now need not be what was loaded.
     if state_of(load.file) != load.state:
         return "which is not the file any more that it was"
     # `history` is the name of an array of the file's own.
-    if name == "history" or not _is_plain(model.loaded):
+    tree = model.loaded
+    if model.holds:  # a path is one name, with a `/` between its steps
+        tree = {
+            kind: {path.replace("/", "."): value for path, value in values.items()} for kind, values in tree.items()
+        }
+    if name == "history" or not _is_plain(tree) or (model.holds and not tree.keys() <= _KINDS):
         return "and have leaves or names that plain lines do not read"
     return ""
 
@@ -214,6 +251,8 @@ def _is_plain(tree: PyTree) -> bool:
     return isinstance(tree, (jax.Array, np.ndarray)) and not jax.dtypes.issubdtype(tree.dtype, jax.dtypes.extended)
 
 
+_KINDS = {"Param", "BatchStat", "Cache"}
+"""Types of variables that `nnx` has under these names."""
 _WITHOUT_LINES = ("help", "flax", "flax_doctor", "flax_export", "flax_free", "flax_history", "flax_replay", "flax_save")
 LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     **dict.fromkeys((*_WITHOUT_LINES, "flax_summary"), _nothing),

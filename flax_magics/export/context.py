@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, pairwise
@@ -33,7 +33,9 @@ class ScriptModel:
       variables: the variable that holds its variables (linen).
       construction: the text by which the session built it, without `rngs` (NNX); empty if the user did.
       first_key: the variable that keeps the key of the first init, if a method adds variables later; else empty.
-      loaded: its present variables, whose tree shows whether a file's can be read by plain lines.
+      loaded: its present variables, whose tree shows whether a file's can be read by plain lines; of an NNX module by
+        type and path.
+      opt_state: the present state of its optimizer, for the same reason.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ScriptModel:
     construction: str = ""
     first_key: str = ""
     loaded: PyTree = None
+    opt_state: PyTree = None
 
 
 class RunGroups:
@@ -172,8 +175,10 @@ class ScriptContext:
       lost: model → the reason why the script does not have its variables.
       assigned: names that the lines of the present command assign; inside a function they are declared global.
       states: model → what became of it in the present cell: `new`, `unchanged`, `changed`.
+      restored: models that get the variables of a file in the present cell; `waiting` has their lines.
       load: what the present `%flax_load` read.
       trained: index of a training's run → how many of its parts have lines.
+      saved: index of a training's run → the file's arrays of it, where the script has not gone on with them yet.
       rebound: names that are bound by more than one statement that ran.
       gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
       define: makes sure that a function is defined before it is used, and returns its name.
@@ -187,8 +192,11 @@ class ScriptContext:
     lost: dict[str, str] = field(default_factory=dict)
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
+    restored: Set[str] = frozenset()
+    waiting: dict[str, list[str]] = field(default_factory=dict)
     load: Load | None = None
     trained: dict[int, int] = field(default_factory=dict)
+    saved: dict[int, str] = field(default_factory=dict)
     rebound: frozenset[str] = frozenset()
     gone: bool = False
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)

@@ -48,15 +48,19 @@ def grad_linen(command: CommandLines) -> list[str]:
     if metrics and mutable:
         inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
     aux = ", has_aux=True" if metrics or mutable else ""
-    own, frozen, sep = writer.text("params"), patterns_of(command, command.options["freeze"]), f"sep={writer.text('/')}"
+    quoted, frozen, sep = (
+        writer.text("params"),
+        patterns_of(command, command.options["freeze"]),
+        f"sep={writer.text('/')}",
+    )
     body = ["def loss_of(params):", *indented(inside, writer.unit), ""]
-    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{own}])")
+    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{quoted}])")
     if frozen:
         writer.needs |= {"fnmatch", "traverse_util"}
         is_frozen = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {frozen})"
         merged = f"params = traverse_util.unflatten_dict({{**frozen, **trained}}, {sep})"
         body = [
-            f"params = traverse_util.flatten_dict(variables[{own}], {sep})",
+            f"params = traverse_util.flatten_dict(variables[{quoted}], {sep})",
             f"frozen = {{name: value for name, value in params.items() if {is_frozen}}}",
             "trained = {name: value for name, value in params.items() if name not in frozen}",
             "",
@@ -98,10 +102,7 @@ def grad_nnx(command: CommandLines) -> list[str]:
     if frozen:
         writer.needs.add("fnmatch")
         of = ", argnums=nnx.DiffState(0, is_trained)"
-        named = f"({writer.text('/')}.join(map(str, path)), type(value).__name__)"
-        matches = f"fnmatch.fnmatchcase(name, pattern) for name in {named} for pattern in {frozen}"
-        inside = [f"frozen = any({matches})", "return isinstance(value, nnx.Param) and not frozen"]
-        body = ["def is_trained(path, value):", *indented(inside, writer.unit), ""]
+        body = ["def is_trained(path, value):", *indented(is_trained_body(command, frozen), writer.unit), ""]
     body.append(call(f"return nnx.value_and_grad({loss}{of}{aux})(", [model.name, *arguments.inside, *switches]))
     function = _function(command, loss, (model.name, *arguments.parameters), body, arguments)
     value = call(f"{function}(", [copy, *arguments.outside])
@@ -120,10 +121,36 @@ def taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     return segment(written.text, tree.func), written._replace(tree=ast.copy_location(after_net, tree))
 
 
+def check_names(command: CommandLines, loss: str, parameters: Sequence[str], body: Sequence[str]) -> None:
+    """Raises CannotSay where the loss, or a linen net, is called like a variable of the function that reads it."""
+    lines = [f"def function({', '.join(parameters)}):", *indented(body, " ")]
+    nodes = list(ast.walk(ast.parse("\n".join(lines))))
+    names = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for name in (loss.partition(".")[0], *([] if command.model.holds else [command.model.name])):
+        if name in names:
+            raise CannotSay(f"its lines have a variable called `{name}`: another name for yours mends it")
+
+
 def patterns_of(command: CommandLines, freeze: Sequence[str]) -> str:
     """The patterns of `--freeze` as a tuple's text, each also for what is inside a module; empty without any."""
     patterns = [pattern for one in freeze for pattern in (one, f"{one}/*")]
     return f"({', '.join(map(command.writer.text, patterns))})" if patterns else ""
+
+
+def is_trained_body(command: CommandLines, frozen: str) -> list[str]:
+    """The body of `is_trained(path, value)`: whether a variable of an NNX module is trained.
+
+    Args:
+      frozen: `patterns_of` those that are not.
+    """
+    return [
+        f"names = {command.writer.text('/')}.join(map(str, path)), type(value).__name__",
+        f"patterns = {frozen}",
+        "frozen = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)",
+        "return isinstance(value, nnx.Param) and not frozen",
+    ]
 
 
 def init_lines(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
@@ -145,6 +172,7 @@ def _function(
     command: CommandLines, loss: str, parameters: Sequence[str], body: Sequence[str], arguments: SplitArguments
 ) -> str:
     """Makes sure that the jitted function is defined, and returns its name."""
+    check_names(command, loss, parameters, body)
     decorator = "nnx.jit" if command.model.holds else "jax.jit"
     name = f"{loss.rpartition('.')[2]}_and_grads"
     names = (name, f"{name}_{command.site.mode}", f"{name}_{command.model.name}")

@@ -146,6 +146,7 @@ class Script:
         cell, source, statements = cell_run.cell, cell_run.source, cell_run.statements
         self.blocks.append([])
         self.context.states = {row.name: row.state for row in cell.registered}
+        self.context.restored = {row.name for row in cell.registered if row.variables == "restored"}
         self.context.load, self.context.gone = None, cell.gone
         self._loads = iter(cell.loads)
         stopped = [each for each in statements if each.failed and (each.runs or self._goes_on(each))]
@@ -310,11 +311,18 @@ class Script:
         return name
 
     def _define_again(self, jitted: JittedFunction, versions: set[object]) -> None:
-        """Defines a function once more if the coming runs have another version of the model's code."""
+        """Defines a function once more if the coming runs have another version of the model's code.
+
+        Of a training that goes on nothing tells the version of each part: what the function reads is bound again then.
+        """
         function = self.functions[jitted]
         if len(versions) == 1 and versions != {function.version}:
             (function.version,) = versions
             self._write_function(jitted)
+        elif not versions:
+            (definition,) = ast.parse("\n".join(jitted.lines(self.context.writer, function.name))).body
+            if any(self.bound_in.get(name, -1) > function.used for name in reads(definition)):
+                self._write_function(jitted)
         function.used = len(self.blocks) - 1
 
     def _write_function(self, jitted: JittedFunction) -> None:
@@ -323,7 +331,7 @@ class Script:
         lines = Lines(writer.fitted(jitted.lines(writer, function.name)), apart=True)
         place = self.bound_in.get(jitted.model, here)
         (self.blocks[place] if function.used < place < here else self._before).append(lines)
-        function.used = here
+        function.used = self.bound_in[function.name] = here
 
     # -- NNX modules that a cell made again
 

@@ -8,7 +8,7 @@ from ..base.curve import EVAL
 from ..run import ExportFacts
 from .context import CommandLines
 from .functions import CannotSay, as_written, split
-from .losses import init_lines
+from .losses import check_names, init_lines, is_trained_body
 from .runs import build_before, mode_lines, of_module, rebuilt
 from .training import TAKEN, Part, TrainLines
 from .writer import call, indented
@@ -21,11 +21,11 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
     writer.needs.add("nn")
     quoted, variables = writer.text("params"), model.variables
     command.context.assigned.add(variables)
-    of_params, whole, parted = f"variables[{quoted}]", "{}", ""
+    of_params, whole, split_frozen = f"variables[{quoted}]", "{}", ""
     if training.frozen:
         writer.needs |= {"fnmatch", "traverse_util"}
-        parted, joined = _parting(training)
-        of_params, whole = f"{parted}(variables[{quoted}])", f"{joined}({{}}, frozen)"
+        split_frozen, merge_frozen = _with_frozen(training)
+        of_params, whole = f"{split_frozen}(variables[{quoted}])", f"{merge_frozen}({{}}, frozen)"
     items = [f"{{**variables, {quoted}: {whole.format('params')}}}", *training.arguments.inside]
     rngs = [f"{writer.text(stream)}: {key}" for stream, key in training.folded.items()]
     applied = _applied(training, facts, items, rngs)
@@ -33,25 +33,29 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
     inside = [f"return {applied}"]
     if training.has_metrics and mutable:
         inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
-    kept = [name for name in facts.mutable if name in facts.kept]
-    written = ["updates"] if kept and kept == [*facts.mutable] else [f"updates[{writer.text(name)}]" for name in kept]
-    updates = "".join(f"{writer.text(name)}: {tree}, " for name, tree in zip(kept, written, strict=False))
-    updates = "**updates, " if written == ["updates"] else updates
+    statistics = [name for name in facts.mutable if name in facts.kept]
+    new_statistics = [f"updates[{writer.text(name)}]" for name in statistics]
+    updates = "".join(f"{writer.text(name)}: updates[{writer.text(name)}], " for name in statistics)
+    if statistics and statistics == [*facts.mutable]:
+        new_statistics, updates = ["updates"], "**updates, "
     body = [
         "variables, opt_state, finite = state",
         *training.batch_line(),
-        f"params{', frozen' if parted else ''} = {of_params}",
+        f"params{', frozen' if split_frozen else ''} = {of_params}",
         "",
         "def loss_of(params):",
         *indented(inside, writer.unit),
         "",
         *training.updated("updates" if mutable else ""),
         f"new_variables = {{**variables, {updates}{quoted}: {whole.format('new_params')}}}",
-        *training.guarded(["new_variables"], ["variables"], ["new_params", *written]),
+        *training.guarded(["new_variables"], ["variables"], ["new_params", *new_statistics]),
     ]
     step = training.step(body)
     opt_state, state = training.variable("opt_state"), training.variable("state")
     lines, optimizer = training.optimizer()
+    of_all = f"{variables}[{quoted}]"
+    trained = f"{split_frozen}({of_all})[0]" if split_frozen else of_all
+    saved = command.context.saved.pop(command.indices[-1], "")
     if part.first == 0:
         draw_lines, params, _ = training.draw()
         lines += [*draw_lines, *training.data()]
@@ -59,11 +63,9 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
             batch_lines, first = training.first_batch()
             arguments = as_written(training.after_net.arguments)
             lines += [*batch_lines, *init_lines(command, loss, [first, *arguments[1:]], params)]
-        of_all = f"{variables}[{quoted}]"
-        lines.append(f"{opt_state} = {optimizer}.init({f'{parted}({of_all})[0]' if parted else of_all})")
-        lines += training.begun()
+        lines += [f"{opt_state} = {optimizer}.init({trained})", *training.begun()]
     else:
-        lines += training.data()
+        lines += [*(training.from_file(saved, optimizer, trained) if saved else []), *training.data()]
     look = ""
     if _are_looks(training):
         looking = LookLines(training)
@@ -86,7 +88,7 @@ def _applied(training: TrainLines, facts: ExportFacts, items: Sequence[str], rng
     return call(f"nn.apply({training.loss}, {net}{mutable})(", [*items, *switches, *keys])
 
 
-def _parting(training: TrainLines) -> tuple[str, str]:
+def _with_frozen(training: TrainLines) -> tuple[str, str]:
     """Makes sure that the functions are defined that part frozen parameters from the others and join them again."""
     sep = f"sep={training.writer.text('/')}"
     matches = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {training.frozen})"
@@ -103,8 +105,8 @@ def _parting(training: TrainLines) -> tuple[str, str]:
         f"flat = {{**frozen, **traverse_util.flatten_dict(trained, {sep})}}",
         f"return traverse_util.unflatten_dict(flat, {sep})",
     ]
-    parted = training.define("parted", ("params",), parts)
-    return parted, training.define("joined", ("trained", "frozen"), joins)
+    split_frozen = training.define("split_frozen", ("params",), parts)
+    return split_frozen, training.define("merge_frozen", ("trained", "frozen"), joins)
 
 
 def train_nnx(command: CommandLines, part: Part) -> list[str]:
@@ -119,9 +121,7 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
     trains = "nnx.Param"
     if training.frozen:
         writer.needs.add("fnmatch")
-        named = f"({writer.text('/')}.join(map(str, path)), type(value).__name__)"
-        matches = f"fnmatch.fnmatchcase(name, pattern) for name in {named} for pattern in {training.frozen}"
-        body = [f"frozen = any({matches})", "return isinstance(value, nnx.Param) and not frozen"]
+        body = is_trained_body(command, training.frozen)
         trains = training.define("is_trained", ("path", "value"), body)
     stats, new_stats = (["stats"], ["new_stats"]) if written else ([], [])
     switches = [f"{name}={value}" for name, value in facts.arguments]
@@ -156,8 +156,11 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
     lines += [*training.data(), f"{net_copy} = nnx.clone({model.name})", *mode_lines(command, net_copy)]
     filters = ", ".join(filter(None, (trains, written, "...")))
     lines.append(f"{graphdef}, {', '.join((*values, rest))} = nnx.split({net_copy}, {filters})")
+    saved = command.context.saved.pop(command.indices[-1], "")
     if part.first == 0:
         lines += [f"{opt_state} = {optimizer}.init({values[0]})", *training.begun()]
+    elif saved:
+        lines += training.from_file(saved, optimizer, values[0])
     look = ""
     if _are_looks(training):
         looking = LookLines(training)
@@ -206,6 +209,18 @@ class LookLines:
         metrics = "metrics" if self.has_metrics else "{}"
         return [*inside, f"{value} = {applied}", f"return {{{text('loss')}: value, {text('metrics')}: {metrics}}}"]
 
+    def _text(self) -> str:
+        """The `--eval` data as they are written; one that goes on takes the name of those before it. Raises CannotSay."""
+        command, of_model = self.training.command, f"eval of {self.training.model.name}"
+        text: str = command.options["eval"] or command.writer.spare.get(of_model, "")
+        if not text:  # of a file
+            text = self.training.task.eval
+            missing = command.context.names.missing({text})
+            if missing or not text.isidentifier():
+                raise missing or CannotSay("its `--eval` data have no name")
+        command.writer.spare[of_model] = text
+        return text
+
     def lines(
         self, parameters: Sequence[str], passed: Sequence[str], body: Sequence[str], static: Sequence[str] = ()
     ) -> tuple[list[str], str]:
@@ -218,7 +233,7 @@ class LookLines:
           static: those of `parameters` that are static.
         """
         training, arguments, keys = self.training, self.arguments, list(self.keys.values())
-        writer, task, text = training.writer, training.task, training.command.options["eval"]
+        writer, task, text = training.writer, training.task, self._text()
         data, lines = text, list[str]()
         if self.of_arrays:
             data = training.variable("eval_data")
@@ -231,6 +246,7 @@ class LookLines:
         is_whole = self.of_arrays and task.batch is None
         of_step = [*parameters, *arguments.parameters, *(["number", *keys] if keys else [])]
         name, fixed = "evaluate" if is_whole else "eval_step", (*static, *arguments.static)
+        check_names(training.command, training.loss, of_step, body)
         step = training.define(name, of_step, body, decorator="jax.jit", static=fixed)
         if is_whole:
             looked = call(f"{step}(", [*outside, *(["0", *outside_keys] if keys else [])])

@@ -6,21 +6,26 @@ is taken inside of the program, and a step that is not finite is turned down by 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 from ..base.curve import ROW_ORDER, Curve
+from ..base.digest import is_key
+from ..base.text import clean
 from ..run import LookFacts, Run
 from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split
-from .losses import patterns_of, taken_apart
+from .losses import check_names, patterns_of, taken_apart
 from .writer import call, indented
 
 TAKEN = (
     *("jax", "jnp", "nn", "nnx", "np", "optax", "optimizer", "graphdef", "state", "data", "rows", "step", "variables"),
     *("params", "frozen", "stats", "rest", "model", "opt_state", "finite", "rngs", "loss_of", "value", "metrics"),
     *("updates", "grads", "changes", "new", "old", "leaves", "new_opt_state", "new_params", "new_stats"),
-    *("new_variables", "parted", "joined", "batches", "values", "sizes", "first", "number"),
+    *("new_variables", "split_frozen", "merge_frozen", "batches", "values", "sizes", "first", "number"),
 )
 """Names in the functions that no parameter may have."""
 
@@ -54,6 +59,15 @@ def parts_of(run: Run) -> list[Part]:
     ]
 
 
+def resumed_of(runs: Sequence[Run], model: str, steps: int | None) -> tuple[int, int] | None:
+    """The index of the training that went on after so many steps, and the number of that part; None where none did."""
+    trainings = [
+        (index, parts_of(run)) for index, run in enumerate(runs) if run.model == model and run.trained is not None
+    ]
+    matching = [(i, n) for i, parts in trainings for n, part in enumerate(parts) if n and part.first == steps]
+    return matching[-1] if matching else None
+
+
 class TrainLines:
     """One part of a training, and what the lines for linen and for NNX have in common."""
 
@@ -68,9 +82,8 @@ class TrainLines:
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
-        if self.task.takes_loss:
-            raise CannotSay("the `update` of its optimizer takes the loss, too")
         self.loss, self.after_net = taken_apart(command)
+        self.check_call()
         self.is_cut = self.task.arrays and self.task.batch is not None
         self.keys = {stream: f"{stream}_key" for stream in self.facts.streams}
         self.folded = {stream: f"jax.random.fold_in({key}, step)" for stream, key in self.keys.items()}
@@ -80,6 +93,13 @@ class TrainLines:
         self.arguments = split(self.writer, self.after_net, self.facts, taken)
         self.check_arguments(self.arguments)
         self.writer.needs |= {"jax", "jnp", "optax"}
+
+    def check_call(self) -> None:
+        """Raises CannotSay where the training went on with another loss, or with other arguments after the data."""
+        present, written = ast.parse(self.command.runs[-1].call, mode="eval").body, self.command.call.tree
+        calls = [(one.func, one.args[2:], one.keywords) for one in (present, written) if isinstance(one, ast.Call)]
+        if len({str([ast.unparse(part) for part in (func, *rest, *named)]) for func, rest, named in calls}) > 1:
+            raise CannotSay(f"it went on with another call, `{clean(self.command.runs[-1].call)}`")
 
     def check_arguments(self, arguments: SplitArguments) -> None:
         """Raises CannotSay where the data are no single argument."""
@@ -111,9 +131,13 @@ class TrainLines:
         """The lines that take gradients and update `params`; `written`: the name for what the loss writes, or empty."""
         aux = f"(metrics, {written})" if self.has_metrics and written else "metrics" if self.has_metrics else written
         value, has_aux = (f"(value, {aux})", ", has_aux=True") if aux else ("value", "")
+        passed = ["grads", "opt_state", "params"]
+        if self.task.takes_loss:
+            of_params = "lambda params: loss_of(params)[0]" if aux else "loss_of"
+            passed += ["value=value", "grad=grads", f"value_fn={of_params}"]
         return [
             f"{value}, grads = jax.value_and_grad(loss_of{has_aux})(params)",
-            "changes, new_opt_state = optimizer.update(grads, opt_state, params)",
+            call("changes, new_opt_state = optimizer.update(", passed),
             "new_params = optax.apply_updates(params, changes)",
         ]
 
@@ -139,6 +163,7 @@ class TrainLines:
         data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_cut else self.arguments.parameters
         parameters = ("optimizer", *static, "state", *constant, *data, "step", *self.keys.values())
         fixed = ("optimizer", *static, *self.arguments.static)
+        check_names(self.command, self.loss, parameters, body)
         return self.define("train_step", parameters, body, decorator="jax.jit", static=fixed)
 
     def define(
@@ -190,15 +215,70 @@ class TrainLines:
             if self.is_cut:
                 rows = [f"{self.variable('size')} = len(jax.tree.leaves({data})[0])"]
             return [f"{data} = jax.tree.map(jnp.asarray, {text})", *rows]
-        batches, is_there = self.variable("batches"), f"batches of {self.model.name}, as {text}"
-        # An iterator goes on where it is; what a name stands for by now is begun anew.
-        if first and is_there in self.writer.spare and text not in self.command.context.rebound:
+        batches, of_name = self.variable("batches"), f"iterator {text} of {self.model.name}"
+        # One that has a name goes on where it is; all else is begun anew, and what the steps took of it is left out.
+        if first and of_name in self.writer.spare:
             return []
-        self.writer.spare[is_there] = batches
+        self.writer.spare.pop(of_name, None)
+        if self.task.once and text.isidentifier() and text not in self.command.context.rebound:
+            self.writer.spare[of_name] = batches
         self.writer.needs.add("itertools")
         epochs = f"itertools.chain.from_iterable(itertools.repeat({text}))"
-        skipped = first % self.curve.epoch if self.curve.epoch else first
-        return [f"{batches} = " + (f"itertools.islice({epochs}, {skipped}, None)" if skipped else epochs)]
+        taken = 0 if self.task.once else first % self.curve.epoch if self.curve.epoch else first
+        return [f"{batches} = " + (f"itertools.islice({epochs}, {taken}, None)" if taken else epochs)]
+
+    def from_file(self, saved: str, optimizer: str, params: str) -> list[str]:
+        """The lines that read from a file what the training goes on with: keys, optimizer's state, losses and looks.
+
+        Args:
+          saved: the file's arrays of the training.
+          params: those that are trained.
+        """
+        run, writer, text = self.command.runs[-1], self.writer, self.writer.text
+        state = self.model.opt_state
+        leaves = jax.tree_util.tree_leaves(state)
+        plain = all(isinstance(leaf, jax.Array) and not is_key(leaf) and not leaf.weak_type for leaf in leaves)
+        if not plain or any("/" in name for name in self.curve.metrics):
+            raise CannotSay("the file has it in a form that plain lines do not read")
+        root, arrays, values = map(self.variable, ("train_root_key", "saved", "values"))
+        streams = (*self.facts.streams, *streams_of_training(run))
+        lines = [f"# The training in the file began in draw {run.draw} of seed {run.seed}."] if streams else []
+        if streams:
+            lines += [
+                f"{root} = jax.random.key({run.seed})",
+                *(writer.advance(run.draw - 1, root) if run.draw > 1 else []),
+            ]
+            lines += writer.keys_of(root, streams, self.key, taken=self.facts.taken)
+        lines.append(f"{arrays} = {saved}")
+        opt_state, new = self.variable("opt_state"), f"{optimizer}.init({params})"
+        if leaves:
+            writer.needs.add("traverse_util")
+            of_file, pairs, tree, names = map(self.variable, ("saved_opt_state", "leaves", "treedef", "names"))
+            name = f"jax.tree_util.keystr(path, simple=True, separator={text('/')})"
+            lines += [
+                f"{of_file} = traverse_util.flatten_dict({arrays}[{text('opt_state')}], sep={text('/')})",
+                f"{pairs}, {tree} = jax.tree_util.tree_flatten_with_path({new})",
+                f"{names} = [{name} for path, _ in {pairs}]",
+                f"{opt_state} = jax.tree.unflatten({tree}, [{of_file}[name] for name in {names}])",
+            ]
+        else:
+            lines.append(f"{opt_state} = {new}")
+        steps = {"loss": "losses", "metrics": "metrics"} if self.has_metrics else {"loss": "losses"}
+        of_steps = ", ".join(f"{text(name)}: {arrays}[{text(key)}]" for name, key in steps.items())
+        lines += [
+            f"{values} = {{{of_steps}}}",
+            f"{self.variable('curve')} = [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({self.part.first})]",
+        ]
+        if self.curve.evals:
+            writer.needs.add("types")
+            lines.append(f"{self.variable('evals')} = [")
+            number = self.command.context.trained[self.command.indices[-1]]
+            for look in self.curve.evals[: sum(len(part.looks) for part in parts_of(run)[:number])]:
+                metrics = ", ".join(f"{text(name)}: {writer.number(value)}" for name, value in look.metrics.items())
+                fields = (f"step={look.step}", f"loss={writer.number(look.loss)}", f"metrics={{{metrics}}}")
+                lines.append(f"{writer.unit}{call('types.SimpleNamespace(', fields)},")
+            lines.append("]")
+        return lines
 
     def first_batch(self) -> tuple[list[str], str]:
         """The lines that take the batch by which the net is initialised, and its name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -127,6 +128,10 @@ class LineWriter:
         if self.quote not in value and plain[0] != self.quote and "\\" not in inner:
             return f"{self.quote}{inner}{self.quote}"
         return plain
+
+    def number(self, value: float) -> str:
+        """A number as an expression that gives the same one."""
+        return repr(value) if math.isfinite(value) else f"float({self.text(str(value))})"
 
     def variable(self, name: str, other: str | None = None) -> str:
         """Our variable for a purpose, called `name` if that is free, else `other`; the same at each call."""

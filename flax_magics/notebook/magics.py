@@ -424,7 +424,8 @@ class FlaxMagics(Magics):
             models = (*restored.models, *(saved.name for saved in restored.waiting))
             # The file's state tells an export whether it still is the file that was loaded.
             size = state_of(restored.path) or (0, 0)
-            self.notebook.journal.loaded(Load(file, size, restored.seed, restored.draws, models))
+            load = Load(file, size, restored.seed, restored.draws, models, restored.trained)
+            self.notebook.journal.loaded(load)
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
 

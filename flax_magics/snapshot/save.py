@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -53,6 +53,7 @@ class Restored(Struct, frozen=True):
     Attributes:
       models: names of the registered models that have their variables back.
       waiting: saved models that are not registered yet; registering one under its name restores it.
+      trained: model → how many steps of its training are finished, which `--resume` goes on with.
       notes: how things here differ from where the file was saved.
     """
 
@@ -63,6 +64,7 @@ class Restored(Struct, frozen=True):
     models: tuple[str, ...]
     waiting: tuple[SavedModel, ...]
     parameters: int
+    trained: Mapping[str, int] = {}
     notes: tuple[Note, ...] = ()
 
 
@@ -145,6 +147,7 @@ def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, l
         models=tuple(saved.name for saved in snapshot.models if saved.name in matches and saved.ready),
         waiting=tuple(saved for saved in waiting.values() if saved.ready),
         parameters=snapshot.parameters,
+        trained={saved.name: saved.training.training().step for saved in snapshot.models if saved.training is not None},
         notes=(*_lost(current, snapshot, runs), *edited, *_other(snapshot)),
     )
     state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting)

@@ -103,8 +103,8 @@ def position_of(training: Training) -> Position:
     return Position(position.epoch + 1) if ends else position
 
 
-def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) -> Task:
-    """What a training is asked to do, once its options are completed; `arrays`: of its data."""
+def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool, once: bool) -> Task:
+    """What a training is asked to do, once its options are completed; `arrays` and `once`: of its data."""
     assert options.optimizer is not None
     return Task(
         optimizer=options.optimizer.text,
@@ -114,6 +114,7 @@ def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) ->
         eval=options.eval_text,
         freeze=options.freeze,
         arrays=arrays,
+        once=once,
         parts=() if resumed is None else (*resumed.curve.task.parts, resumed.step),
         looks=() if resumed is None else (*resumed.curve.task.looks, len(resumed.curve.evals)),
     )

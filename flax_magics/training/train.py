@@ -199,7 +199,7 @@ class Trainer:
             if optimizer.text not in command:  # it was not written in a line
                 command = f"%flax_train --resume --optimizer {optimizer.text}"
             opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
-        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
+        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
             per_epoch = self.resumed.curve.epoch or per_epoch

@@ -194,18 +194,138 @@ def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, m
     assert lines[-2] == run.losses.tobytes().hex()
 
 
-def test_what_comes_after_a_training_of_a_file_is_left_out(notebook, tmp_path):
-    for cell in (
+def test_names_that_are_bound_again_stand_for_what_they_stood_for(notebook, tmp_path):
+    script = assert_same(
+        notebook,
+        tmp_path,
         NORMED,
         LOSS,
-        "%flax_train -q --optimizer optax.adam(1e-2) --steps 2 loss(normed, train)",
-        f"%flax_save -q {tmp_path}/a.safetensors",
-        f"%flax_load {tmp_path}/a.safetensors",
-        "%flax_train -q --resume --steps 4 --optimizer optax.adam(1e-2) loss(normed, train)",
-        "%flax_apply --eval -q normed(x)",
-    ):
+        "tx = optax.sgd(0.1)",
+        "%flax_train -q --optimizer tx --steps 2 loss(normed, train)",
+        "tx = optax.adam(0.1)",
+        "train = {name: array[:7] for name, array in train.items()}",
+        "run = %flax_train -q --steps 2 loss(normed, train)",
+        "assert run.losses.shape == (2,)",
+        "train = {name: array[:5] for name, array in train.items()}",
+        "%flax_train -q --resume --steps 3 --eval train loss(normed, train)",
+        "run = %flax_train -q --resume --steps 4 --optimizer optax.sgd(0.5) loss(normed, test)",
+        "assert run.losses.shape == (4,)",
+    )
+    assert "optimizer = tx\n" in script
+    assert looks_in(printed(script, tmp_path)) == looks_of(notebook.session.runs[-1])
+
+
+def test_a_net_and_a_loss_that_were_edited_before_it_goes_on(notebook, tmp_path):
+    script = assert_same(
+        notebook,
+        tmp_path,
+        NORMED,
+        LOSS,
+        "%flax_train -q --optimizer optax.sgd(0.1) --steps 2 loss(normed, train)",
+        NORMED.replace("nn.Dense(3)(x)", "nn.relu(nn.Dense(3)(x))"),
+        "%flax_train -q --resume --steps 4 loss(normed, train)",
+        LOSS.replace("** 2", "** 4"),
+        "%flax_train -q --resume --steps 6 loss(normed, train)",
+    )
+    assert script.count("def train_step(") == 3
+
+
+def test_a_loss_in_its_own_cell_a_generator_and_an_optimizer_that_takes_the_loss(notebook, tmp_path):
+    script = assert_same(
+        notebook,
+        tmp_path,
+        NORMED,
+        LOSS,
+        "%%flax_train -q --optimizer optax.lbfgs() --steps 2\n"
+        "def mine(net, x, train):\n    return (net(x, train=train) ** 2).mean()\nmine(normed, train['x'])",
+        "def some():\n    for n in range(6):\n        yield {name: array[n : n + 4] for name, array in train.items()}",
+        "%flax_train -q --optimizer optax.sgd(0.1) --steps 5 loss(normed, some())",
+        "%flax_train -q --resume --steps 7 loss(normed, some())",
+        "batches = list(some())",
+        "%flax_train -q --steps 4 loss(normed, batches)",
+        "batches = batches[::-1]",
+        "%flax_train -q --resume --steps 8 loss(normed, batches)",
+    )
+    assert "    value_fn=lambda params: loss_of(params)[0],\n" in script
+
+
+def test_a_loss_that_is_called_like_a_variable_of_the_step_has_no_lines(notebook):
+    notebook(NORMED)
+    notebook("import optax\ndef value(net, x, train):\n    return (net(x, train=train) ** 2).mean()")
+    notebook("%flax_train -q --optimizer optax.sgd(0.1) --steps 2 value(normed, x)")
+    notebook("%flax_grad -q value(normed, x)")
+    reason = "# Left out: its lines have a variable called `value`: another name for yours mends it.\n"
+    assert exported(notebook).count(reason) == 1
+
+
+def test_one_that_goes_on_with_another_loss_says_so(notebook):
+    notebook(NORMED)
+    notebook(LOSS)
+    notebook("%flax_train -q --optimizer optax.sgd(0.1) --steps 2 loss(normed, train)")
+    notebook("%flax_train -q --resume --steps 4 loss(normed, train, scale=2.0)")
+    assert "# Left out: it went on with another call, `loss(normed, train, scale=2.0)`.\n" in exported(notebook)
+
+
+def from_a_file(notebook, file, *cells, after):
+    """The script of a session that saves itself after `cells`, loads the file again, and runs the cells of `after`."""
+    for cell in (*cells, f"%flax_save -q {file}", f"%flax_load -q {file}", *after):
         notebook(cell)
-    script = exported(notebook)
-    assert "# Left out: it goes on with a training that has no lines.\n" in script
-    assert "# Left out: the weights of `normed` come from a training that has no lines.\n" in script
+    return exported(notebook)
+
+
+def test_a_training_of_a_file_goes_on(notebook, tmp_path):
+    script = from_a_file(
+        notebook,
+        f"{tmp_path}/a.safetensors",
+        NORMED,
+        LOSS,
+        "%flax_train -q --optimizer optax.adam(1e-2) --batch 8 --epochs 1 --eval test loss(normed, train)",
+        after=(
+            "%flax_train -q --resume --epochs 2 --optimizer optax.adam(1e-2) --eval test loss(normed, train)",
+            "run = %flax_train -q --resume --epochs 3 --eval test loss(normed, train)",
+            "print('losses', run.losses.tobytes().hex(), [look.loss for look in run.eval])",
+            "%flax_apply --train -q normed(x)",
+        ),
+    )
+    train, apply = notebook.session.runs
+    lines = printed(script, tmp_path)
+    assert digests_of(lines) == [train.digest, apply.digest]
+    assert looks_in(lines) == looks_of(train)[1:]
+    losses = f"losses {train.losses.tobytes().hex()} {[look.loss for look in train.eval]}"
+    assert [line for line in lines if line.startswith("losses")] == [losses]
+    assert "# The training in the file began in draw 1 of seed 0.\n" in script
+
+
+def test_that_of_an_nnx_module_goes_on_too(notebook, tmp_path):
+    script = from_a_file(
+        notebook,
+        f"{tmp_path}/a.safetensors",
+        "from flax import nnx",
+        NNX_NET,
+        PLAIN,
+        "%flax_train -q --optimizer optax.adam(1e-2) --steps 2 loss(net, x.reshape(-1,4))",
+        after=("%flax_train -q --resume --steps 4 --optimizer optax.adam(1e-2) loss(net, x.reshape(-1,4))",),
+    )
+    assert digests_of(printed(script, tmp_path)) == [notebook.session.runs[-1].digest]
+
+
+def test_one_of_a_file_that_is_another_now_says_so(notebook, tmp_path):
+    script = from_a_file(
+        notebook,
+        f"{tmp_path}/a.safetensors",
+        NORMED,
+        LOSS,
+        "%flax_train -q --optimizer optax.sgd(0.1) --steps 2 loss(normed, train)",
+        after=(
+            "%flax_train -q --resume --steps 4 --optimizer optax.sgd(0.1) loss(normed, train)",
+            f"%flax_save -q {tmp_path}/a.safetensors",
+            "%flax_apply --eval -q normed(x)",
+        ),
+    )
+    reason = (
+        f"the variables of `normed` came from `{tmp_path}/a.safetensors`, which is not the file any more that it was"
+    )
+    resumed = "# %flax_train -q --resume --steps 4 --optimizer optax.sgd(0.1) loss(normed, train)\n"
+    assert f"# Left out: {reason}.\n{resumed}" in script
+    assert f"# Left out: {reason}.\n# %flax_apply --eval -q normed(x)\n" in script
     assert digests_of(printed(script, tmp_path)) == []
