@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import processes
 import pytest
 from by_hand import SUPPORT, MyModel, apply_by_hand, bits, notebook_x
 from hypothesis import HealthCheck, given, settings
@@ -62,7 +63,7 @@ def start(environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})},
+        env=processes.environment() | (environment or {}),
     )
 
 

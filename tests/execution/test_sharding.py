@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import pytest
 from by_hand import SUPPORT
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from processes import printed_by
 from sessions import session_of
 
 X = jax.random.uniform(jax.random.key(42), (16, 4))
@@ -51,12 +47,9 @@ SCRIPT = f"""
 """
 
 
+@pytest.mark.usefixtures("optimised")
 def test_arguments_on_eight_devices_give_the_bits_of_one():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert printed_by(SCRIPT, devices=8) == "done\n"
 
 
 def test_explicit_axes_are_one_message(notebook):

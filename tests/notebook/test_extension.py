@@ -124,7 +124,8 @@ OURS = ("flax_magics._session", "flax_magics.report.html")
 def told(script: str) -> list[str]:
     """What a script prints in a process of its own, which must print no more and warn of nothing."""
     code = SHELL + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert done.stderr == ""
     return done.stdout.splitlines()
 

@@ -18,6 +18,7 @@ import pytest
 from by_hand import SUPPORT, Normed, bits, notebook_x
 from flax import nnx
 from nnx_kinds import Own
+from processes import Nursery, environment
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
@@ -205,64 +206,53 @@ ENDING = """
 
 def test_a_process_that_ends_writes_what_is_left(path):
     command = [sys.executable, "-c", textwrap.dedent(ENDING), str(path), SUPPORT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert draws_in(path) == 2
 
 
-NURSERY = """
-    import os, sys
-    sys.path.insert(0, sys.argv[2])
+SAVING = """
     import jax, jax.numpy as jnp
     import flax.linen as nn
     from flax_magics import Session
     from flax_magics.snapshot import save
 
-    save.REST = 0.0
+    save.REST, write = 0.0, save.Autosave._write
 
-    nursery = os.getpid()
+    def told(*args):
+        write(*args)
+        os.write(1, b"written\\n")
 
-    def child():
+    def child(path):
         session = Session()
         session.register("net", nn.Dense(3))
         session.models["net"].variables = {"params": {"all": jnp.zeros((300, 100)), "one": jnp.asarray(0)}}
-        session.autosave(sys.argv[1])
-        os.write(1, b"saving\\n")
+        os.write(1, f"{os.getpid()}\\n".encode())
+        save.Autosave._write = told
+        session.autosave(path)
         n = 0
-        while os.getppid() == nursery:
+        while True:  # until it is killed
             n += 1
             session.models["net"].variables = {"params": {"all": jnp.full((300, 100), n), "one": jnp.asarray(n)}}
-
-    for _ in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            child()
-        os.write(1, f"{pid}\\n".encode())
-        os.waitpid(pid, 0)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
-def test_killed_at_fifty_moments_the_file_is_whole_each_time_and_the_next_one_is_written(path):
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NURSERY), str(path), SUPPORT]
+def test_killed_at_twenty_moments_the_file_is_whole_each_time_and_the_next_one_is_written(path):
     rng = random.Random(0)
-    numbers, left, pace = [], 0, 0.0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nursery:
-        for _ in range(50):
-            nursery.stdin.write(b"go\n")
-            nursery.stdin.flush()
-            told = {nursery.stdout.readline(), nursery.stdout.readline()}
-            (pid,) = told - {b"saving\n"}
-            if not pace:  # how long ten states take on this machine now
-                begin = time.monotonic()
-                while number_in(path) < 10:
-                    time.sleep(0.001)
-                pace = time.monotonic() - begin
-            time.sleep(rng.uniform(0.0, pace))
-            os.kill(int(pid), signal.SIGKILL)
+    numbers, left = [], 0
+    with Nursery(SAVING) as nursery:
+        for _ in range(20):
+            nursery.bear(path)
+            child = "written"
+            while child == "written":  # by the one before
+                (child,) = nursery.line()
+            for _ in range(rng.randrange(1, 6)):
+                nursery.line()
+            time.sleep(rng.uniform(0.0, 0.005))
+            os.kill(int(child), signal.SIGKILL)
             numbers.append(number_in(path))
             left += len(os.listdir(path.parent)) > 1
-        nursery.stdin.close()
     assert len(set(numbers)) > 5  # they were killed at different moments
     assert left > 0  # and some of them in the midst of a write
     Session().save(path)

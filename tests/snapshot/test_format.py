@@ -343,6 +343,6 @@ def test_a_file_that_is_cut_short_while_it_is_read_does_not_end_the_process(tmp_
             setattr(module, name, call)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
-    first, second = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    first, second = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert first.endswith("cannot be loaded: it was cut short or altered")
     assert second == "1048576.0"  # what was read before is there

@@ -23,6 +23,7 @@ from by_hand import SUPPORT, MyModel, Normed, bits, keys_of, notebook_x
 from flax import nnx
 from linen_kinds import Structured
 from nnx_kinds import Own
+from processes import environment
 from safetensors.numpy import load_file
 from sessions import session_of
 
@@ -381,7 +382,8 @@ CROSS = """
 def test_another_process_goes_on_as_the_first_did(path):
     def run(what):
         command = [sys.executable, "-c", textwrap.dedent(CROSS), str(path), SUPPORT, what]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(), timeout=300)
+        return done.stdout
 
     first = run("save")
     assert first.startswith("14 ")

@@ -6,20 +6,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import SUPPORT, Normed, bits, notebook_x
+from by_hand import Normed, bits, notebook_x
 from flax import nnx
 from msgspec.structs import asdict, replace
 from nnx_kinds import Own
+from processes import Nursery
 from safetensors.numpy import load_file
 from sessions import session_of
 
@@ -236,18 +233,18 @@ def test_the_curve_of_a_run_is_in_the_history_and_a_longer_one_takes_its_place(p
     assert saved == [[("apply", 0), ("train", 2)], [("apply", 0), ("train", 5)]]
 
 
-NURSERY = """
-    import os, sys, time
-    sys.path.insert(0, sys.argv[1])
-    import jax, jax.numpy as jnp, numpy as np, optax
+TRAINED = """
+    import time
+    import jax, numpy as np, optax
     from by_hand import Normed
     from flax import nnx
     from nnx_kinds import Own
     from flax_magics import Session
     from flax_magics.base.digest import digest_of
     from flax_magics.snapshot import save
+    from flax_magics.training import train
 
-    save.REST = 0.0
+    save.REST, train.OFTEN, train.SHOWN = 0.0, 0.01, 0.01
 
     def loss(net, batch, train):
         y = net(batch["x"], train=train)
@@ -268,51 +265,42 @@ NURSERY = """
         random = np.random.RandomState(0)
         data = {"x": random.randn(37, 4).astype("f"), "y": random.randn(37, 4).astype("f")}
         step = 0 if training is None else training.step
-        os.write(1, f"step {step}\\n".encode())
+        session.services.on_progress = lambda run: os.write(1, f"at {run.steps}\\n".encode())
+        os.write(1, f"step {step} of {os.getpid()}\\n".encode())
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
         run = session.train(
-            function, "net", data, optimizer=optimizer, batch=8, steps=steps, resume=training is not None
+            function, "net", data, optimizer=optimizer, batch=8, steps=int(steps), resume=training is not None
         )
         state = jax.tree.leaves(session._state.models["net"].training.opt_state)
         os.write(1, f"digest {digest_of((run.losses, dict(run.metrics), run.output, state))}\\n".encode())
-        sys.stdin.close()
         while True:  # until it is killed
             time.sleep(1)
-
-    for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            api, path, steps = line.split()
-            child(api, path, int(steps))
-        os.write(1, f"pid {pid}\\n".encode())
-        os.waitpid(pid, 0)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_killed_again_and_again_it_ends_with_the_bits_of_one_that_was_not(path, api):
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NURSERY), SUPPORT]
     rng, steps, begins = random.Random(0), 1500, []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
-
-        def told(*words):
-            """What the child says next under each of these words, in whatever order."""
-            heard = {}
-            while not set(words) <= set(heard):
-                word, heard[word] = nursery.stdout.readline().split()
-            return tuple(heard[word] for word in words)
+    with Nursery(TRAINED) as nursery:
 
         def started(file):
-            nursery.stdin.write(f"{api} {file} {steps}\n")
-            nursery.stdin.flush()
-            child, step = map(int, told("pid", "step"))
-            return child, step
+            """Its process, and the step from which it goes on."""
+            nursery.bear(api, file, steps)
+            line = nursery.line()
+            while line[0] != "step":  # of the one before
+                line = nursery.line()
+            _, step, _, child = line
+            return int(child), int(step)
 
-        begin = time.monotonic()
+        def digest():
+            line = nursery.line()
+            while line[0] == "at":
+                line = nursery.line()
+            return line
+
         child, _ = started(path.with_name("whole.safetensors"))
-        (whole,) = told("digest")
-        pace = time.monotonic() - begin
+        whole = digest()
         # Until it went on from three different moments, however fast the machine is just now.
         while len(set(begins) - {0, steps}) < 3 and len(begins) < 60:
             os.kill(child, signal.SIGKILL)
@@ -320,10 +308,10 @@ def test_killed_again_and_again_it_ends_with_the_bits_of_one_that_was_not(path, 
                 path = path.with_name(f"from_{len(begins)}.safetensors")
             child, step = started(path)
             begins.append(step)
-            time.sleep(rng.uniform(0.2, 0.6) * pace)
+            for _ in range(rng.randrange(3, 9)):
+                if nursery.line()[0] == "digest":
+                    break
         os.kill(child, signal.SIGKILL)
-        child, _ = started(path)
-        assert told("digest") == (whole,)
-        os.kill(child, signal.SIGKILL)
-        nursery.stdin.close()
+        started(path)
+        assert digest() == whole
     assert len(set(begins) - {0, steps}) == 3

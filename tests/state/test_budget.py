@@ -17,7 +17,8 @@ from flax_magics import FlaxMagicsError, Session
 from flax_magics.code.walk import arrays_in
 from flax_magics.models.construction import Construction
 
-MB = 1_000_000
+SIZE = 100_000
+"""Bytes of each array that is counted."""
 
 
 class Table(nn.Module):
@@ -28,8 +29,8 @@ class Table(nn.Module):
         return x.mean() + self.table[0, 0] + self.param("bias", nn.initializers.normal(), ())
 
 
-def megabyte(i: int = 0) -> jax.Array:
-    return jnp.full((250, 1000), float(i))
+def array(i: int = 0) -> jax.Array:
+    return jnp.full((25, 1000), float(i))
 
 
 class Mean(nn.Module):
@@ -39,11 +40,11 @@ class Mean(nn.Module):
 
 
 class Norm(nn.Module):
-    """Its statistics are a megabyte, its params are not."""
+    """Its statistics are of that size, its params are not."""
 
     @nn.compact
     def __call__(self, x):
-        total = self.variable("state", "total", jnp.zeros, (250, 1000))
+        total = self.variable("state", "total", jnp.zeros, (25, 1000))
         if not self.is_initializing():
             total.value = total.value + x.mean()
         return x.sum() + total.value[0, 0]
@@ -51,18 +52,18 @@ class Norm(nn.Module):
 
 class NnxNorm(nnx.Module):
     def __init__(self):
-        self.total = nnx.BatchStat(jnp.zeros((250, 1000)))
+        self.total = nnx.BatchStat(jnp.zeros((25, 1000)))
 
     def __call__(self, x):
         self.total[...] = self.total[...] + x.mean()
         return x.sum() + self.total[0, 0]
 
 
-def megabytes() -> int:
-    """How many buffers of a megabyte there are in this process."""
+def count() -> int:
+    """How many buffers of that size there are in this process."""
     gc.collect()
     # JAX makes a second array of a constant in a program, of the same buffer.
-    return len({array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.nbytes == MB})
+    return len({array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.nbytes == SIZE})
 
 
 def alive(references: list[weakref.ref]) -> list[bool]:
@@ -71,11 +72,11 @@ def alive(references: list[weakref.ref]) -> list[bool]:
 
 
 def test_inputs_are_kept_and_the_oldest_are_let_go_of():
-    others = megabytes()
-    session = session_of(Mean(), replay_bytes=8 * MB)
+    others = count()
+    session = session_of(Mean(), replay_bytes=8 * SIZE)
     references = []
     for i in range(12):
-        x = megabyte(i)
+        x = array(i)
         session.apply("net", x)
         references.append(weakref.ref(x))
     del x
@@ -84,45 +85,45 @@ def test_inputs_are_kept_and_the_oldest_are_let_go_of():
     # An eighth at a time, so that there is room for some runs.
     assert kept == [False] * (12 - sum(kept)) + [True] * sum(kept)
     assert 7 <= sum(kept) <= 8
-    assert session.kept_bytes == sum(kept) * MB
-    assert megabytes() - others == sum(kept)
+    assert session.kept_bytes == sum(kept) * SIZE
+    assert count() - others == sum(kept)
 
 
 def test_an_array_that_many_runs_use_counts_once():
-    session = session_of(Mean(), replay_bytes=3 * MB)
-    x = megabyte()
+    session = session_of(Mean(), replay_bytes=3 * SIZE)
+    x = array()
     for _ in range(1000):
         session.apply("net", x)
-    assert session.kept_bytes == MB
+    assert session.kept_bytes == SIZE
     assert session.replay(1).agreement.identical is None  # nothing was let go of
 
 
 def test_so_does_one_of_numpy_that_stays_what_it_is():
-    session = session_of(Mean(), replay_bytes=3 * MB)
-    x = np.zeros((250, 1000), np.float32)
+    session = session_of(Mean(), replay_bytes=3 * SIZE)
+    x = np.zeros((25, 1000), np.float32)
     for _ in range(300):
         session.apply("net", x)
-    assert session.kept_bytes == MB
+    assert session.kept_bytes == SIZE
     x += 1
     session.apply("net", x)
-    assert session.kept_bytes == 2 * MB
+    assert session.kept_bytes == 2 * SIZE
 
 
 @pytest.mark.parametrize("module", [Norm, NnxNorm], ids=["linen", "nnx"])
 def test_overwritten_variables_count_and_those_of_the_model_do_not(module):
-    others = megabytes()
-    session = session_of(module(), replay_bytes=8 * MB)
+    others = count()
+    session = session_of(module(), replay_bytes=8 * SIZE)
     x = jnp.ones(3)
     session.apply("net", x)
     session.apply("net", x)
     before = session.kept_bytes
     for _ in range(4):
         session.apply("net", x)
-    assert session.kept_bytes - before == 4 * MB
-    assert session.kept_bytes < 7 * MB
+    assert session.kept_bytes - before == 4 * SIZE
+    assert session.kept_bytes < 7 * SIZE
     outputs = [session.apply("net", x).output for _ in range(20)]
-    assert session.kept_bytes <= 8 * MB
-    assert megabytes() - others == session.kept_bytes // MB + 1  # the one that is the model's
+    assert session.kept_bytes <= 8 * SIZE
+    assert count() - others == session.kept_bytes // SIZE + 1  # the one that is the model's
     assert session.replay("last").agreement.identical
     with pytest.raises(FlaxMagicsError, match="were let go of"):
         session.replay(1)
@@ -131,28 +132,28 @@ def test_overwritten_variables_count_and_those_of_the_model_do_not(module):
 
 def test_nothing_is_kept_where_that_is_asked():
     session = session_of(Mean(), replay_bytes=0)
-    x = megabyte()
+    x = array()
     session.apply("net", x)
     reference = weakref.ref(x)
     del x
     session.settle()
     assert alive([reference]) == [False]
-    assert session.history()[0].inputs == "float32[250,1000]"
+    assert session.history()[0].inputs == "float32[25,1000]"
 
 
 def test_less_can_be_asked_for_later():
     session = session_of(Mean())
     for i in range(3):
-        session.apply("net", megabyte(i))
-    assert session.kept_bytes == 3 * MB
-    session.replay_bytes = 2 * MB
-    assert session.kept_bytes == MB
+        session.apply("net", array(i))
+    assert session.kept_bytes == 3 * SIZE
+    session.replay_bytes = 2 * SIZE
+    assert session.kept_bytes == SIZE
     assert session.replay(3).agreement.identical is None
 
 
 def test_an_output_is_not_kept():
-    session = session_of(nn.Dense(1000))
-    run = session.apply("net", jnp.ones((250, 4)))
+    session = session_of(nn.Dense(3))
+    run = session.apply("net", jnp.ones((2, 4)))
     reference = weakref.ref(run.output)
     del run
     assert alive([reference]) == [False]
@@ -197,48 +198,48 @@ def of_a_submodule(table):
 
 @pytest.mark.parametrize("make", [Table, of_a_closure, of_a_default, of_a_class, of_a_submodule])
 def test_what_a_model_held_that_is_no_more_is_counted_and_let_go_of(make):
-    others = megabytes()
-    session = Session(seed=0, replay_bytes=4 * MB)
+    others = count()
+    session = Session(seed=0, replay_bytes=4 * SIZE)
     x = jnp.ones(3)
     for i in range(3):
-        session.register("net", make(megabyte(i)))
+        session.register("net", make(array(i)))
         for _ in range(2):
             session.apply("net", x)
     # The newest is the model's, which is there anyway; all three can be run again.
-    assert session.kept_bytes // MB == 2
-    assert megabytes() - others == 3
+    assert session.kept_bytes // SIZE == 2
+    assert count() - others == 3
     assert session.replay(1).agreement.identical is None
     for i in range(3, 12):
-        session.register("net", make(megabyte(i)))
+        session.register("net", make(array(i)))
         session.apply("net", x)
-    assert session.kept_bytes <= 4 * MB
-    assert megabytes() - others == session.kept_bytes // MB + 1
+    assert session.kept_bytes <= 4 * SIZE
+    assert count() - others == session.kept_bytes // SIZE + 1
     assert session.replay("last").agreement.identical is None
     with pytest.raises(FlaxMagicsError, match="were let go of"):
         session.replay(1)
     session.replay_bytes = 0
-    assert megabytes() - others == 1
+    assert count() - others == 1
 
 
 def test_so_is_what_an_init_and_a_construction_were_of():
-    others = megabytes()
-    session = session_of(Table(megabyte(1)))
+    others = count()
+    session = session_of(Table(array(1)))
     session.init("net", jnp.ones(3))
-    session.register("net", Table(megabyte(2)))
+    session.register("net", Table(array(2)))
     session.init("net", jnp.ones(3))
-    assert session.kept_bytes // MB == 1
-    session.register_all({"built": Construction(Own, (megabyte(3),), {}, "Own(…)")})
-    assert session.kept_bytes // MB == 1
-    session.register_all({"built": Construction(Own, (megabyte(4),), {}, "Own(…)")})
-    assert session.kept_bytes // MB == 2
+    assert session.kept_bytes // SIZE == 1
+    session.register_all({"built": Construction(Own, (array(3),), {}, "Own(…)")})
+    assert session.kept_bytes // SIZE == 1
+    session.register_all({"built": Construction(Own, (array(4),), {}, "Own(…)")})
+    assert session.kept_bytes // SIZE == 2
     session.replay_bytes = 0
     session.init("net", jnp.ones(3))
     session.settle()
-    assert megabytes() - others == 2
+    assert count() - others == 2
 
 
 class Own(nnx.Module):
-    """Is built of a megabyte that it keeps no longer."""
+    """Is built of an array that it keeps no longer."""
 
     def __init__(self, table, *, rngs):
         self.bias = nnx.Param(table[0, 0] + jax.random.normal(rngs.params(), ()))
@@ -248,16 +249,16 @@ def test_what_reaches_far_does_not_take_long_to_look_at():
     far: list = []
     for _ in range(3):
         far = [far, *range(100_000)]
-    assert len(arrays_in([megabyte(), far])) <= 1
+    assert len(arrays_in([array(), far])) <= 1
 
 
 def test_a_run_that_is_committed_while_others_are_counted_is_counted_next():
-    session = session_of(Mean(), replay_bytes=10 * MB)
+    session = session_of(Mean(), replay_bytes=10 * SIZE)
     append = session._keeping.noted.append  # a commit on another thread may hold it
-    session.apply("net", megabyte(1))
-    assert session.kept_bytes == MB
-    session.apply("net", megabyte(2))
+    session.apply("net", array(1))
+    assert session.kept_bytes == SIZE
+    session.apply("net", array(2))
     noted = session._keeping.noted.pop()
-    assert session.kept_bytes == MB
+    assert session.kept_bytes == SIZE
     append(noted)
-    assert session.kept_bytes == 2 * MB
+    assert session.kept_bytes == 2 * SIZE

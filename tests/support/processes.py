@@ -2,16 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from typing import Any
+
+from by_hand import SUPPORT
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process on the CPU in which XLA optimises as little as here."""
+    import jax
+
+    little = jax.config.read("jax_disable_most_optimizations")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(little))}
 
 
 def printed_by(script: str, *options: str, devices: int = 1) -> str:
     """What a script prints on so many devices of the CPU; it must go well. `options` are Python's own."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, *options, "-c", textwrap.dedent(script)]
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flags}, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment() | flags, timeout=300)
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+FORKS = f"""
+import os, signal, sys
+sys.path.insert(0, {SUPPORT!r})
+{{script}}
+for line in sys.stdin:
+    if not os.fork():
+        signal.alarm(300)
+        child(*line.split())
+    _, status = os.wait()
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+class Nursery:
+    """A process that runs a script, which defines `child`, and calls that in a fork for each line; each is to be killed.
+
+    Importing JAX and Flax takes longer than most of what a child does. In a `with`, which leaves nothing running.
+    """
+
+    def __init__(self, script: str) -> None:
+        self._script = FORKS.format(script=textwrap.dedent(script))
+
+    def __enter__(self) -> Nursery:
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", self._script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment(),
+            start_new_session=True,
+        )
+        self._heard = b""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        # A child that lives would be waited for.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._errors.close()
+
+    def bear(self, *words: object) -> None:
+        """Has the next child called with these words, once that before is killed."""
+        self._process.stdin.write(f"{' '.join(map(str, words))}\n".encode())  # type: ignore[union-attr]
+        self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def line(self, limit: float = 300) -> list[str]:
+        """The words of the next line that a child prints; the test fails where none comes within `limit` seconds."""
+        output = self._process.stdout.fileno()  # type: ignore[union-attr]
+        while b"\n" not in self._heard:
+            more = os.read(output, 4096) if select.select([output], [], [], limit)[0] else b""
+            if not more:
+                self._errors.seek(0)
+                raise AssertionError(f"it says no more than {self._heard!r}\n{self._errors.read().decode()}")
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode().split()
