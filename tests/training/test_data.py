@@ -428,12 +428,12 @@ def test_no_more_batches_are_fetched_than_the_steps_take():
 
 
 def test_a_generator_that_is_still_in_its_next_batch_is_waited_for():
-    entered = threading.Event()
+    entered, released = threading.Event(), threading.Event()
 
     def slow() -> Any:
         yield from batches(1)
         entered.set()
-        time.sleep(0.3)
+        released.wait()
         yield from batches(1, 2, 3) * 2
 
     generator = slow()
@@ -446,6 +446,7 @@ def test_a_generator_that_is_still_in_its_next_batch_is_waited_for():
         session_of(nn.Dense(1)).train(fails, "net", generator, optimizer=SGD, steps=6)
     # The batch that it was in is gone.
     expected = trained((batches(1, 2, 3) * 2)[1:], steps=5)
+    threading.Timer(0.2, released.set).start()
     assert bits(trained(generator, steps=5).losses) == bits(expected.losses)
 
 
