@@ -355,7 +355,7 @@ class Trainer:
         # As it is, the line would meet the same step again.
         line = f"%flax_train --resume {self.call.text}"
         hint = f"once the loss or its data are mended, `{line}` goes on with this step"
-        if losses[-1] > EXPLODED * abs(losses[0]):
+        if losses[-1] > EXPLODED * abs(losses[0]) > 0:
             grown = f"the loss was {losses[0]:.4g} in step 0 and {losses[-1]:.4g} in step {len(losses) - 1}"
             hint = f"{grown}: the rate may be too high for steps that nothing clips\n{hint}"
         return hint
