@@ -51,7 +51,7 @@ def test_what_is_no_number_is_left_out():
 
 
 def test_an_array_of_many_parts(monkeypatch):
-    monkeypatch.setattr("flax_magics.base.digest.CHUNK", 3)
+    monkeypatch.setattr("flax_magics.base.output.CHUNK", 3)
     array = np.arange(10, dtype=np.float32).reshape(2, 5)
     array[1, 4] = np.nan
     assert values_of(array) == (Values("", 10, 1, 0, 0.0, 8.0, 4.0),)
