@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from by_hand import Ticks, bits
 from sessions import session_of
+from together import on_threads
 
 from flax_magics.base import threads
 from flax_magics.base.threads import Interrupts, Running, Unfinished, elsewhere, uninterrupted
@@ -42,9 +43,7 @@ def test_another_thread_is_left_alone():
         with uninterrupted():
             done.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    on_threads(run)
     assert done == [signal.getsignal(signal.SIGINT)]
 
 

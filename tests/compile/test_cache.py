@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from by_hand import MyModel, bits, notebook_x
 from processes import printed_by
+from together import on_threads
 
 from flax_magics import Session
 from flax_magics.base.measures import name_devices
@@ -68,11 +69,7 @@ def test_two_threads_may_wait_for_one_compilation(session, monkeypatch):
     wait_for = cache.wait_for
     session.init("net", X)
     monkeypatch.setattr(cache, "wait_for", together)
-    threads = [threading.Thread(target=lambda: outputs.append(session.apply("net", X).output)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(*[lambda: outputs.append(session.apply("net", X).output)] * 2)
     assert [bits(output) for output in outputs] == [bits(jax.jit(net.apply)(session.models["net"].variables, X))] * 2
     assert session.services.programs.compiling == {}
 
@@ -279,7 +276,7 @@ def stop(*args, **kwargs):
   raise KeyboardInterrupt
 
 session = Session(0)
-session.register("net", nn.Sequential([layer for i in range(12) for layer in (nn.Dense(64 + i), nn.relu)]))
+session.register("net", nn.Sequential([layer for i in range(2) for layer in (nn.Dense(64 + i), nn.relu)]))
 concurrent.futures.wait = stop
 try:
   session.apply("net", jnp.ones((4, 64)))

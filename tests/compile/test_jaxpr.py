@@ -35,7 +35,7 @@ class Net(nn.Module):
 def test_a_model_traced_twice_is_one():
     x = jnp.ones((2, 8, 8, 1))
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = Net().init(keys, x)
+    variables = jax.eval_shape(Net().init, keys, x)
 
     def run(variables: Any, x: Any, key: Any) -> Any:
         return Net().apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])

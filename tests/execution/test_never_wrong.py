@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from interrupts import interrupted_after
 from processes import printed_by
 from sessions import session_of
+from together import on_threads
 
 from flax_magics.base.threads import Running
 from flax_magics.execution.plan_cache import LastRun
@@ -280,9 +281,7 @@ def between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def elsewhere(what: Callable[[], Any]) -> None:
     """On another thread: in the middle of a run a session takes no command from its own."""
-    thread = threading.Thread(target=what)
-    thread.start()
-    thread.join()
+    on_threads(what)
 
 
 def _flags(world: dict[str, Any], value: float) -> None:
@@ -482,11 +481,7 @@ def test_commands_of_several_threads_take_draws_of_their_own():
     switching = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        on_threads(*(functools.partial(work, i) for i in range(3)))
     finally:
         sys.setswitchinterval(switching)
     assert [run.draw for run in session.runs] == list(range(1, 2 + 3 * 44 + 1))
@@ -510,12 +505,12 @@ def interrupt(frame: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("interrupted", range(0, 400, 9))
+@pytest.mark.parametrize("interrupted", range(0, 320, 10))
 def test_an_interrupt_at_any_line_of_a_warm_run_leaves_all_of_it_or_nothing(interrupted):
     session = session_of(Normed())
     for _ in range(3):
         session.apply("net", X, mode="train")
-    with interrupted_after(interrupted, interrupt):
+    with interrupted_after(interrupted, interrupt, once=True):
         session.apply("net", X, mode="train")
     assert session.draws == len(session) == session.models["net"].updates["batch_stats"]
     assert session.draws in (3, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax import nnx
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec
 from sessions import session_of
+from together import on_threads
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.base import private
@@ -170,9 +170,7 @@ def without_jit(function, x):
 
 
 def in_a_thread(work):
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    on_threads(work)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
+from together import on_threads
 
 from flax_magics.models.base import replaced
 
@@ -39,9 +39,7 @@ def test_a_replacement_is_for_the_calls_of_this_thread_alone():
     elsewhere: list[str] = []
     with replaced(*METHODS):
         assert words() == ["own!", "inherited!", "Owner!"]
-        thread = threading.Thread(target=lambda: elsewhere.extend(words()))
-        thread.start()
-        thread.join()
+        on_threads(lambda: elsewhere.extend(words()))
         assert Base().inherited() == "inherited"
     assert elsewhere == words() == ["own", "inherited", "Owner"]
 

@@ -6,10 +6,10 @@ import contextlib
 import gc
 import signal
 import sys
-import threading
 import time
 
 import pytest
+from together import on_threads
 
 from flax_magics.notebook.interrupts import InterruptGuard
 
@@ -235,9 +235,7 @@ def test_another_thread_changes_nothing():
         with command():
             found.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    on_threads(run)
     assert found == [signal.default_int_handler]
 
 

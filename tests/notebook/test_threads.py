@@ -17,6 +17,7 @@ from flax.core.scope import Scope
 from flax.linen import transforms
 from jax._src.interpreters.partial_eval import custom_staging_rules
 from jax.extend.core.primitives import jit_p
+from together import on_threads
 
 from flax_magics import Session
 
@@ -71,11 +72,7 @@ def test_what_a_trace_replaces_is_put_back_whoever_else_traces(pair: Any):
             assert inside.wait(60)
         runs[i] = session, session.apply("net", X)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(lambda: work(0), lambda: work(1))
     assert names() == before
     for kind, (session, run) in zip(pair, runs, strict=True):
         if kind is Linen:

@@ -292,7 +292,7 @@ def test_legacy_keys_and_python_numbers_as_arguments():
     assert of(summary).inputs == "float32[5,4], uint32[2], float32[]"
 
 
-def test_fifty_equal_blocks_are_lowered_once(monkeypatch):
+def test_equal_blocks_are_lowered_once(monkeypatch):
     class Stack(nn.Module):
         layers: int
 
@@ -307,10 +307,10 @@ def test_fifty_equal_blocks_are_lowered_once(monkeypatch):
     lowered: list[Any] = []
     count = counting._flops
     monkeypatch.setattr(counting, "_flops", lambda function, shapes: lowered.append(shapes) or count(function, shapes))
-    summary = summarise(Stack(50), X)
-    assert len(summary.modules) == 201
+    summary = summarise(Stack(12), X)
+    assert len(summary.modules) == 49
     assert len(lowered) == 5  # the model, a block, its three layers
-    assert len({of(summary, f"Block_{i}").flops for i in range(50)}) == 1
+    assert len({of(summary, f"Block_{i}").flops for i in range(12)}) == 1
 
 
 # -- NNX

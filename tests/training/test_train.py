@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from flax import nnx
 from interrupts import interrupted_after
 from nnx_kinds import NormedMLP
 from sessions import session_of
+from together import on_threads
 
 from flax_magics import FlaxMagicsError
 from flax_magics.base.text import plural
@@ -543,9 +543,7 @@ def test_another_thread_that_changes_the_net_ends_the_training(monkeypatch):
 
     def on_progress(run: Any) -> None:
         if run.steps == 2:
-            thread = threading.Thread(target=change)
-            thread.start()
-            thread.join()
+            on_threads(change)
 
     session.services.on_progress = on_progress
     with pytest.raises(FlaxMagicsError, match="`net` was changed by another thread while it was trained"):
