@@ -557,17 +557,12 @@ def test_another_thread_may_register_and_apply_while_a_net_is_trained(monkeypatc
     monkeypatch.setattr(train, "SHOWN", 0.0)
     monkeypatch.setattr(train, "OFTEN", 0.0)
 
-    def elsewhere(function: Any, *args: Any) -> None:
-        thread = threading.Thread(target=function, args=args)
-        thread.start()
-        thread.join()
-
     def on_phase(phase: str) -> None:
         if phase.startswith("training") and "other" not in session.models:
-            elsewhere(session.register, "other", Switched())
+            on_threads(lambda: session.register("other", Switched()))
 
     session.services.on_phase = on_phase
-    session.services.on_progress = lambda run: elsewhere(session.apply, "net", DATA["x"])
+    session.services.on_progress = lambda run: on_threads(lambda: session.apply("net", DATA["x"]))
     run, undisturbed = (
         each.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4) for each in (session, alone)
     )
