@@ -311,14 +311,18 @@ def test_an_error_of_the_loss_changes_nothing():
 
 
 @contextlib.contextmanager
-def interrupted(session: Any, lines: int) -> Iterator[None]:
-    """A block in which Ctrl-C is pressed once so many lines of ours have run in the loop of a training."""
+def interrupted(session: Any, lines: int, *, once: bool = False) -> Iterator[None]:
+    """A block in which Ctrl-C is pressed once so many lines of ours have run in the loop of a training.
+
+    Args:
+      once: see `interrupted_after`.
+    """
     stack = contextlib.ExitStack()
 
     def on_phase(phase: str) -> None:
         if phase.startswith("training"):
             session.services.on_phase = lambda phase: None
-            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT)))
+            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT), once=once))
 
     session.services.on_phase = on_phase
     try:
@@ -330,7 +334,7 @@ def interrupted(session: Any, lines: int) -> Iterator[None]:
         session.services.on_phase = lambda phase: None
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
     net, loss, _ = NETS["an argument switches, metrics"]
     whole = session_of(net)
@@ -338,7 +342,8 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
 
     session, random = session_of(net), np.random.RandomState(seed)
     stops = 0
-    with interrupted(session, random.randint(0, 600)):
+    # The first program is traced in some 500 lines, and the last one that a part runs for the first time is its 1,400th.
+    with interrupted(session, random.randint(550, 1300), once=True):
         session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
     while session.runs and session.runs[-1].trained.stopped:
         stops += 1
@@ -346,11 +351,10 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
         assert (run.trained.stopped, run.draw, len(session.runs)) == ("interrupted", 1, 1)
         assert run.notes[-1].text == f"interrupted after {plural(run.steps, 'step')}"
         assert run.notes[-1].write == "%flax_train --resume switched_loss(net, data)"
-        with interrupted(session, random.randint(0, 600)):
+        with interrupted(session, random.randint(100, 1800), once=True):
             session.train(loss, "net", DATA, eval=DATA, resume=True)
-    if not session.runs:
-        session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
     run = session.runs[-1]
+    assert stops
     assert run.steps == 12
     assert bits(run.losses) == bits(expected.losses)
     assert bits(run.metrics) == bits(expected.metrics)
