@@ -295,7 +295,7 @@ class Trainer:
         services.on_phase(f"training {self.name}")
         with Interrupts() as interrupts:
             try:
-                if isinstance(self.data, ArrayData) and loop.curve.total != first:
+                if isinstance(self.data, ArrayData) and self.data.held and loop.curve.total != first:
                     with interrupts.opened():
                         self.programs.start(self.data.like(1))  # meanwhile the first epoch's rows are shuffled
                 loop.run(interrupts, self.look, self._on_step)
@@ -314,9 +314,8 @@ class Trainer:
                 if loop.step > first or self._has_committed:
                     try:
                         services.on_progress(self._finish())
-                    except (
-                        Overtaken
-                    ):  # nothing is kept, and an interrupt or an error of the user's ends it all the same
+                    except Overtaken:
+                        # Nothing is kept, and an interrupt or an error of the user's ends it all the same.
                         if isinstance(error, NotFinite):
                             raise
                 if isinstance(error, NotFinite):
