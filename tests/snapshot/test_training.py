@@ -220,7 +220,7 @@ def test_the_curve_of_a_run_is_in_the_history_and_a_longer_one_takes_its_place(p
     for steps in (2, 5):
         curve = trained(session, parameters, steps=steps).curve
         stored = StoredRun(like(run, command="train", trained=curve))
-        session._state = replace(session._state, runs=replace(session._state.runs, kept=stored))
+        session._state = replace(session._state, runs=replace(session._state.runs, last=stored))
         session.autosaving.offer(session._state)
         session.autosaving.flush()
         other = Session()
