@@ -318,10 +318,10 @@ class TrainLines:
         else:
             head = f"while {number} < {end}:"
         if group == 1:
-            done = f"{number} + 1"
+            finished = f"{number} + 1"
             body += [*self._order(), *self._rows("1"), *one]
         else:
-            done, many = number, self.variable("many")
+            finished, many = number, self.variable("many")
             rows = [f"{each}.reshape({group}, {self.task.batch})" for each in rows]
             together = call(f"{state}, {values} = {self.steps(step, static, constant)}(", [*before, *rows, *after])
             split = f"{curve} += [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({group})]"
@@ -332,7 +332,7 @@ class TrainLines:
         if look and looks[0] == first:
             lines += ["# The look that was stopped.", *self._looked(look, str(first))]
         if look and looks[-1] > first:
-            body += self._at_looks(done, self._looked(look, done))
+            body += self._at_looks(finished, self._looked(look, finished))
             if self.reaches_over:
                 lines.append(f"{self.variable('looks')} = {self.looks}")
         return [*lines, head, *indented(body, self.writer.unit)]
@@ -347,28 +347,28 @@ class TrainLines:
                 return every
         return looks
 
-    def _looked(self, look: str, done: str) -> list[str]:
-        """The lines that look at the `--eval` data once `done` steps are finished."""
+    def _looked(self, look: str, finished: str) -> list[str]:
+        """The lines that look at the `--eval` data once `finished` steps are finished."""
         evals = self.variable("evals")
         self.writer.needs.add("types")
         means = self.variable("means")
         return [
             f"{means} = {look}",
-            f"{evals}.append(types.SimpleNamespace(step={done}, **{means}))",
+            f"{evals}.append(types.SimpleNamespace(step={finished}, **{means}))",
             f"print({evals}[-1])",
         ]
 
-    def _at_looks(self, done: str, lines: list[str]) -> list[str]:
-        """`lines` under the condition that `done` steps are so many that there is a look."""
-        looks, (first, end, *_), condition = self.looks, self.part, f"{done} in {self.looks}"
+    def _at_looks(self, finished: str, lines: list[str]) -> list[str]:
+        """`lines` under the condition that `finished` steps are so many that there is a look."""
+        looks, (first, end, *_), condition = self.looks, self.part, f"{finished} in {self.looks}"
         if self.reaches_over:
-            condition = f"{done} in {self.variable('looks')}"
+            condition = f"{finished} in {self.variable('looks')}"
         elif len(looks) == 1:
-            condition = f"{done} == {looks[0]}"
+            condition = f"{finished} == {looks[0]}"
         elif isinstance(looks, range) and looks.start - looks.step <= first and end < looks.stop - 1 + looks.step:
             if looks.step == 1:
                 return lines
-            condition = f"{done if done.isidentifier() else f'({done})'} % {looks.step} == 0"
+            condition = f"{finished if finished.isidentifier() else f'({finished})'} % {looks.step} == 0"
         return [f"if {condition}:", *indented(lines, self.writer.unit)]
 
     def _order(self) -> list[str]:

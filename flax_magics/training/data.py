@@ -22,7 +22,7 @@ from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name
 from ..line.expression import without_option
 from ..state.training import Position
-from .prefetch import MASKED, Fetched, Fetching, as_array
+from .prefetch import MASKED, Fetching, as_array
 
 
 class Batch(Struct, frozen=True):
@@ -57,7 +57,7 @@ class ArrayData:
       held: all steps are given the arrays. Else the rows of each are gathered on the host, on a thread.
     """
 
-    once, counted, epoch, position = False, True, 0, None
+    once, counted, position = False, True, None
     unsure = ""
     key: jax.Array
 
@@ -150,14 +150,14 @@ class BatchData:
       most: how many batches are taken at most; None for no limit. No more are fetched.
 
     Attributes:
-      epoch: how many times it was gone through to its end.
+      position: how far it has been taken.
     """
 
     tree: PyTree = None
 
     def __init__(self, text: str, batches: Any, begin: Position | None = None, most: int | None = None) -> None:
-        begin = begin or Position()
-        self._text, self._batches, self._begin, self._left = text, batches, begin, most
+        self.position = begin or Position()
+        self._text, self._batches, self._left = text, batches, most
         self.once = isinstance(batches, Iterator)
         """It can be gone through only once, as a generator."""
         self.counted = isinstance(batches, (list, tuple))
@@ -167,16 +167,10 @@ class BatchData:
         with suppress(TypeError, ValueError, NotImplementedError):
             self.per_epoch = len(batches)
         self._shapes = ""
-        self.epoch, self._taken, self._state = begin.epoch, begin.batches, begin.state
         self._fetching: Fetching | None = None
-        self._ahead: Fetched | None = None
+        self._ahead: Batch | None = None
         self.unsure = "" if self.counted else "goes on with what the iterable gives now"
         """Why a training that goes on may have other batches than without the stop; empty where it has the same."""
-
-    @property
-    def position(self) -> Position:
-        """How far it has been taken."""
-        return Position(self.epoch, self._taken, self._state)
 
     @property
     def first(self) -> PyTree:
@@ -184,37 +178,37 @@ class BatchData:
         if self._ahead is None:
             self._ahead = self._next()
             if self._ahead is None and self.once and not self.unsure:  # in the state that it had, it is at its end
-                raise self.dry(self._taken, None)
-            if self._ahead is None and self._taken:  # an epoch had just come to its end
+                raise self.dry(self.position.batches, None)
+            if self._ahead is None and self.position.batches:  # an epoch had just come to its end
                 self._end()
                 self._ahead = self._next()
             if self._ahead is None:
                 raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to train with.")
-        return self._ahead.batch
+        return self._ahead.tree
 
     def take(self, step: int, steps: int = 1) -> Batch | None:
         """The next batch; None at the end of an epoch, after which the next call begins the next one."""
         begins = self._fetching is None
-        fetched, self._ahead = self._ahead or self._next(), None
-        if fetched is None and begins:  # it gives what is exhausted
+        batch, self._ahead = self._ahead or self._next(), None
+        if batch is None and begins:  # it gives what is exhausted
             raise self.dry(step, None)
-        if fetched is None:
+        if batch is None:
             self._end()
             return None
-        self._taken, self._state = self._taken + 1, fetched.state
-        return Batch(None, fetched.batch, _rows_in(self._text, fetched.batch), position=self.position)
+        assert batch.position is not None
+        self.position = batch.position
+        return batch
 
     def _end(self) -> None:
         """Ends an epoch."""
         self.close()
-        self.per_epoch = self.per_epoch or self._taken
-        self.epoch, self._taken, self._state = self.epoch + 1, 0, None
+        self.per_epoch = self.per_epoch or self.position.batches
+        self.position = Position(self.position.epoch + 1)
 
-    def _next(self) -> Fetched | None:
+    def _next(self) -> Batch | None:
         if self._fetching is None:
-            begin, self._begin = self._begin, Position()
             # An iterator without a state stands where it stands.
-            begin = replace(begin, batches=0) if self.once else begin
+            begin = replace(self.position, batches=0) if self.once else self.position
             self._fetching = Fetching(self._batches, begin, self._left)
         fetched = self._fetching.next()
         if self._fetching.unsure is not None:
@@ -222,15 +216,17 @@ class BatchData:
         if fetched is None:
             return None
         self._left = None if self._left is None else self._left - 1
-        for path, leaf in jax.tree_util.tree_flatten_with_path(fetched.batch)[0]:
-            _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
-        _rows_in(self._text, fetched.batch, f"a batch of `{self._text}` has no rows.")
         shapes = _kinds(fetched.batch)
+        if shapes != self._shapes:  # leaves of the kinds of those before need no look of their own
+            for path, leaf in jax.tree_util.tree_flatten_with_path(fetched.batch)[0]:
+                _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
+        rows = _rows_in(self._text, fetched.batch, f"a batch of `{self._text}` has no rows.")
         if shapes != (self._shapes or shapes):
             message = f"a batch of `{self._text}` is {shapes}, and those before were {self._shapes}."
             raise FlaxMagicsError(message, hint="batches may differ in their length alone")
         self._shapes = shapes
-        return fetched
+        position = Position(self.position.epoch, self.position.batches + 1, fetched.state)
+        return Batch(None, fetched.batch, rows, position=position)
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """The error for an iterable that has ended, can be gone through only once, and is asked for more."""

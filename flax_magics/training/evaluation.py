@@ -217,21 +217,21 @@ def _steps(level: Level, equation: Equation) -> Iterator[Level]:
         return
     if name == "while":
         first, consts = params["cond_nconsts"], params["body_nconsts"]
-        given, body, carry = arguments[first : first + consts], params["body_jaxpr"], arguments[first + consts :]
+        constants, body, carry = arguments[first : first + consts], params["body_jaxpr"], arguments[first + consts :]
         for n in range(STEPS):
             if not bool(Level(params["cond_jaxpr"], [*arguments[:first], *carry]).results[0]):
                 return
-            step = Level(body, [*given, *carry], outer={}, marks=marks, step=f"step {n}", around=around)
+            step = Level(body, [*constants, *carry], outer={}, marks=marks, step=f"step {n}", around=around)
             yield step
             carry = step.results
         return
     consts, carries = scan_groups(params)
     body = params["jaxpr"]
-    given, carry, scanned = arguments[:consts], arguments[consts : consts + carries], arguments[consts + carries :]
+    constants, carry, scanned = arguments[:consts], arguments[consts : consts + carries], arguments[consts + carries :]
     order = range(params["length"])
     for n in list(reversed(order) if params["reverse"] else order)[:STEPS]:
         step = Level(
-            body, [*given, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}", around=around
+            body, [*constants, *carry, *(each[n] for each in scanned)], marks=marks, step=f"step {n}", around=around
         )
         yield step
         carry = step.results[:carries]

@@ -287,7 +287,8 @@ class TrainingLoop:
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if batch is None:
-            self._schedule.end_epoch(following, self._data.epoch)
+            assert self._data.position is not None  # arrays have no end
+            self._schedule.end_epoch(following, self._data.position.epoch)
             if self._data.once and not self._schedule.ends_at(following):
                 raise self._data.dry(following, self._schedule.total)
         return batch
