@@ -26,14 +26,14 @@ def session() -> Session:
 
 def load_ipython_extension(shell: Any) -> None:
     """Registers the magic commands: IPython calls this for `%load_ext flax_magics`."""
-    from .notebook.magics import load
+    from .notebook.extension import load
 
     load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """Removes the magic commands: IPython calls this for `%unload_ext flax_magics`."""
-    from .notebook.magics import unload
+    from .notebook.extension import unload
 
     unload(shell)
 

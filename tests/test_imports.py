@@ -40,7 +40,8 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
         *("flax_magics.base.types", "flax_magics.cells.journal", "flax_magics.code.library"),
         *("flax_magics.line.call", "flax_magics.line.commands", "flax_magics.line.expression"),
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
-        *("flax_magics.notebook.interrupts", "flax_magics.notebook.magics", "flax_magics.notebook.notebook"),
+        *("flax_magics.notebook.extension", "flax_magics.notebook.interrupts", "flax_magics.notebook.magics"),
+        "flax_magics.notebook.notebook",
         *("flax_magics.notebook.reporter", "flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks"),
     }
     others = {name.partition(".")[0] for name in imported - ours} - {"IPython"}

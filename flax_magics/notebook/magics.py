@@ -1,4 +1,4 @@
-"""The commands (read the line, call the session, show the result), and the extension that adds them to a shell.
+"""The commands: each reads its line, calls the session and shows the result.
 
 Importing this module imports neither JAX nor Flax; the first command does.
 """
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import Magics, magics_class
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
-from ..cells.journal import Load, in_notebook, state_of
-from ..code.library import library
+from ..cells.journal import Load, state_of
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.call import CallExpression, parse_call, parse_expression, plain_name
 from ..line.commands import (
@@ -37,10 +36,9 @@ from ..line.commands import (
 )
 from ..line.options import ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, parse_variables, with_package
-from .completion import Matcher
 from .notebook import KNOWN_LINES, KnownLine, Notebook, existing
 from .reporter import Settings
-from .run_cell import assigned_to, displayed, line_magic_transformer, run_body
+from .run_cell import assigned_to, displayed, run_body
 
 if TYPE_CHECKING:
     from .._session import Session
@@ -427,53 +425,6 @@ class FlaxMagics(Magics):
             load = Load(file, size, restored.seed, restored.draws, models, restored.trained)
             self.notebook.journal.loaded(load)
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
-
-
-_loaded: dict[Any, tuple[FlaxMagics, Matcher]] = {}
-
-
-def load(shell: Any) -> None:
-    """Registers the commands in a shell, once however often it is loaded. Prints nothing."""
-    if shell in _loaded:
-        return
-    magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
-    notebook = magics.notebook
-    notebook.fit_terminal()  # for the rest of this cell
-    matcher = Matcher(shell, notebook.names, magics.traits(config=True))
-    shell.register_magics(magics)
-    # Cleanup transformers run before IPython turns magics into calls, line by line.
-    shell.input_transformers_cleanup.append(line_magic_transformer)
-    matcher.install()
-    shell.events.register("pre_run_cell", notebook.begin_cell)
-    shell.events.register("post_run_cell", magics.end_cell)
-    library.in_cells(True)
-    in_notebook(notebook.executed, lambda: notebook.number)
-    FlaxMagicsError.before_shown = notebook.show_error
-    _loaded[shell] = magics, matcher
-
-
-def unload(shell: Any) -> None:
-    """Removes everything, hooks first. The session stays, for `%reload_ext` and `flax_magics.session()`."""
-    if shell not in _loaded:
-        return
-    magics, matcher = _loaded.pop(shell)
-    shell.events.unregister("pre_run_cell", magics.notebook.begin_cell)
-    shell.events.unregister("post_run_cell", magics.end_cell)
-    library.in_cells(False)
-    in_notebook(None)
-    FlaxMagicsError.before_shown = staticmethod(lambda error: 0)
-    matcher.uninstall()
-    with suppress(ValueError):  # it was removed by other code
-        shell.input_transformers_cleanup.remove(line_magic_transformer)
-    with suppress(ValueError):
-        shell.configurables.remove(magics)
-    manager = shell.magics_manager
-    # IPython has no call for this. A command that other code has replaced meanwhile is not ours to remove.
-    for kind, names in magics.magics.items():
-        for name in names:
-            if getattr(manager.magics[kind].get(name), "__self__", None) is magics:
-                del manager.magics[kind][name]
-    manager.registry.pop(type(magics).__name__, None)
 
 
 def _import() -> None:
