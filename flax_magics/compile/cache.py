@@ -133,18 +133,17 @@ class Compiling(Struct, frozen=True):
     """A function that is no call of a model, while it is compiled.
 
     Attributes:
-      key: in `by_text` and `compiling`.
-      shareable: another function with the same key may use the executable.
       executable: None while it is being compiled; then `future` is the compilation.
       timing: of lowering.
+      key: in `by_text` and `compiling`.
+      trees: None where no other function with the same key may use the executable.
     """
 
-    key: Hashable
-    trees: Trees
-    shareable: bool
     executable: Executable
-    future: Future | None
-    timing: Timing
+    future: Future | None = None
+    timing: Timing = Timing()
+    key: Hashable = None
+    trees: Trees | None = None
 
 
 class ProgramCache:
@@ -158,6 +157,8 @@ class ProgramCache:
         """Key of the lowered program → executable and structures, least recently used first."""
         self.by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = OrderedDict()
         """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
+        self.by_step: OrderedDict[Hashable, tuple[Executable, bool]] = OrderedDict()
+        """Key of a training's step → executable, and whether the optimizer takes the loss; least recently used first."""
         self.compiling: dict[Hashable, Future] = {}
         """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
         self.parts: dict[str, LastCall] = {}
@@ -323,7 +324,7 @@ class ProgramCache:
         future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
         if future is not None:
             self.compiling[text_key] = future
-        return Compiling(text_key, trees, key is not None, executable, future, timing)
+        return Compiling(executable, future, timing, text_key, None if key is None else trees)
 
     def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
         """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""
@@ -336,7 +337,7 @@ class ProgramCache:
         finally:
             if begun.future.done():  # an interrupted compilation goes on for the next run
                 self.compiling.pop(begun.key, None)
-        if begun.shareable:
+        if begun.trees is not None:
             keep(self.by_text, begun.key, (compiled.executable, begun.trees), KEPT)
         return compiled.executable, compiled.origin, replace(begun.timing, compile=self.clock() - start)
 

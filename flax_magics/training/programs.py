@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from ..base.measures import Timing
-from ..base.types import Leaf
-from ..compile.cache import Compiling, Services
+from ..base.types import Leaf, PyTree
+from ..code.contents import Structure
+from ..code.fingerprint import fingerprint
+from ..compile.cache import KEPT, Compiling, OnPhase, Services, call_key
+from ..compile.compiler import hashable, keep
+from ..compile.trace import TraceRequest
 from ..models.calls import Kwargs, signature_of
 from ..rng.keys import Words
 from .data import Batch, Data
@@ -23,7 +27,7 @@ class StepPrograms:
     """Compiles the step of a training.
 
     Args:
-      name: of the model, which the programs get.
+      request: of the loss without its gradients; its name is the model's, which the programs get.
       keys: stream → key data of the draw.
       state: before the first step.
 
@@ -34,9 +38,19 @@ class StepPrograms:
     """
 
     def __init__(
-        self, name: str, step: Step, data: Data, *, keys: Mapping[str, Words], state: TrainState, services: Services
+        self,
+        request: TraceRequest,
+        step: Step,
+        data: Data,
+        *,
+        keys: Mapping[str, Words],
+        state: TrainState,
+        services: Services,
     ) -> None:
-        self.name, self.step, self._keys, self._services = name, step, keys, services
+        self.name, self.step, self._keys, self._services = request.name, step, keys, services
+        code = call_key(request), fingerprint(step.optimizer)
+        self._code = None if None in code else (*code, step.batched)
+        """What all programs are made of; None where that cannot be told."""
         self._state, self._data = state, data
         self._programs: dict[object, StepProgram] = {}
         self._started: dict[object, Compiling] = {}
@@ -49,10 +63,9 @@ class StepPrograms:
         program = self._programs.get(shapes)
         if program is None:
             compiling = self._started.pop(shapes, None) or self._timed(batch)
-            executable, origin, timing = self._services.programs.finish_compiling(compiling, self._phase)
+            program, origin, timing = self._finish(compiling, batch, self._phase)
             self.timing = replace(self.timing, compile=self.timing.compile + timing.compile)
             self.origin = self.origin or origin
-            program = self._programs[shapes] = self._bound(executable, batch)
             self._services.on_phase(f"training {self.name}")
         return program
 
@@ -81,11 +94,27 @@ class StepPrograms:
         def finished() -> StepProgram | None:
             if compiling.future is not None and not compiling.future.done():
                 return None
-            executable, _, _ = self._services.programs.finish_compiling(compiling, lambda phase: None)
-            program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
-            return program
+            return self._finish(compiling, batch, lambda phase: None)[0]
 
         return finished
+
+    def _finish(self, compiling: Compiling, batch: Batch, phase: OnPhase) -> tuple[StepProgram, str, Timing]:
+        """Waits for the program of a batch, and keeps it: for this training, and for later ones of the same code."""
+        programs = self._services.programs
+        executable, origin, timing = programs.finish_compiling(compiling, phase)
+        key = self._key(batch)
+        if key is not None and not self._has_effects:  # a program that calls back is that of the function traced for it
+            keep(programs.by_step, key, (executable, self.step.takes_loss), KEPT)
+        program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
+        return program, origin, timing
+
+    def _key(self, batch: Batch) -> Hashable | None:
+        """A key of the program for a batch, as `call_key` is one of a call's."""
+        leaves, treedef = jax.tree_util.tree_flatten(self._inputs(batch))
+        passed = Structure.of(treedef)
+        if self._code is None or passed.contents is None:
+            return None
+        return hashable((*self._code, batch.steps, passed, tuple(map(signature_of, leaves))))
 
     def _shapes(self, batch: Batch) -> object:
         """What a program is specialised on of a batch."""
@@ -105,9 +134,14 @@ class StepPrograms:
         return {**self.step.arguments.dynamic, **dict(zip(self.step.batched, leaves, strict=True))}
 
     def _begin(self, batch: Batch) -> Compiling:
+        programs, inputs = self._services.programs, self._inputs(batch)
+        known = programs.by_step.get(self._key(batch))
+        if known is not None:
+            executable, takes_loss = known
+            self.step = replace(self.step, takes_loss=takes_loss)
+            return Compiling(executable)
         self._phase("tracing")
         function = self.step.step if batch.steps == 1 else self.step.group
-        inputs = self._state, self._keys, _numbers(0, batch), batch.rows, self.arguments(batch)
 
         def program(
             state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: Leaf, arguments: Kwargs
@@ -125,7 +159,11 @@ class StepPrograms:
             return self._begin(batch)
         self._has_effects = bool(traced.jaxpr.effects)
         where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
-        return self._services.programs.begin_compiling(traced, self._phase, where)
+        return programs.begin_compiling(traced, self._phase, where)
+
+    def _inputs(self, batch: Batch) -> tuple[PyTree, ...]:
+        """What the program of a batch is given, at the first step."""
+        return self._state, self._keys, _numbers(0, batch), batch.rows, self.arguments(batch)
 
     def _bound(self, executable: Any, batch: Batch) -> StepProgram:
         """An executable with all that is the same in each call."""

@@ -227,7 +227,7 @@ class Trainer:
         )
         beginning = started(values, opt_state)
         self.programs = StepPrograms(
-            self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
+            self.traced.request, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
         resumed, earlier = self.resumed, self.ready.entry.training
         same = earlier is not None and (earlier.call, earlier.batch) == (self.call.text, options.batch)
