@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from exporting import CHILD, NORMED, assert_same, digests_of, exported, printed
+from exporting import CHILD, NORMED, assert_same, compared, digests_of, exported, printed
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
@@ -67,13 +67,13 @@ print(size, size.area, Size.Meta.deeper)""",
 
 def test_python_of_every_kind_is_written_as_it_is_and_prints_what_it_printed(notebook, tmp_path):
     outputs = [line for cell in PYTHON for line in notebook(cell).splitlines()]
-    script = assert_same(notebook, tmp_path)
+    script, printed_lines = compared(notebook, tmp_path)
     lines = set(script.splitlines())
     missing = [line for cell in PYTHON for line in cell.splitlines() if line not in lines and "%flax" not in line]
     assert missing == ["import math, flax_magics"]
     assert "import math" in lines
     assert "Left out" not in script
-    said = [line for line in printed(script, tmp_path) if not digests_of([line])]
+    said = [line for line in printed_lines if not digests_of([line])]
     reported = ("  ", "!", "Out[", "new session")
     assert said == [line for line in outputs if line and "child" not in line and not line.startswith(reported)]
 

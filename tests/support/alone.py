@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from processes import compilation_cache
+
 BLOCKED = 'import runpy, sys\nsys.modules["flax_magics"] = sys.modules["IPython"] = None\n'
 
 AFRESH = BLOCKED + 'runpy.run_path(sys.argv[1], run_name="__main__")\n'
@@ -56,17 +58,12 @@ def _nursery() -> subprocess.Popen[str]:
     # Most scripts compile what another one has compiled: JAX's own cache gives it to them. No flax_magics lives in there.
     compiled = tempfile.TemporaryDirectory()
     atexit.register(compiled.cleanup)
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": compiled.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     process = subprocess.Popen(
         [sys.executable, "-W", "error::SyntaxWarning", "-c", NURSERY],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | cache,
+        env=os.environ | compilation_cache(compiled.name),
     )
     atexit.register(process.communicate)  # the end of its input is its end
     return process

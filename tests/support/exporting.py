@@ -87,7 +87,12 @@ def digests_of(lines: list[str]) -> list[str]:
 
 
 def assert_same(notebook: Any, folder: Path, *cells: str, kept: list[Any] | None = None) -> str:
-    """The exported script, which prints the digest of every run of the session, in order.
+    """The exported script, which prints the digest of every run of the session, in order: see `compared`."""
+    return compared(notebook, folder, *cells, kept=kept)[0]
+
+
+def compared(notebook: Any, folder: Path, *cells: str, kept: list[Any] | None = None) -> tuple[str, list[str]]:
+    """The exported script, and the lines that it prints: among them the digest of every run of the session, in order.
 
     Args:
       cells: run before.
@@ -99,5 +104,6 @@ def assert_same(notebook: Any, folder: Path, *cells: str, kept: list[Any] | None
     expected = [run.digest for run in (notebook.session.runs if kept is None else kept)]
     assert None not in expected
     assert not [line for line in script.splitlines() if "flax_magics" in line and not line.lstrip().startswith("#")]
-    assert digests_of(printed(script, folder)) == expected, script
-    return script
+    lines = printed(script, folder)
+    assert digests_of(lines) == expected, script
+    return script, lines

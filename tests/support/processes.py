@@ -23,6 +23,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(little))}
 
 
+def compilation_cache(folder: str) -> dict[str, str]:
+    """The variables of the environment by which processes share in a folder what JAX has compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def printed_by(script: str, *options: str, devices: int = 1) -> str:
     """What a script prints on so many devices of the CPU; it must go well. `options` are Python's own."""
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -49,7 +58,8 @@ for line in sys.stdin:
 class Nursery:
     """A process that runs a script, which defines `child`, and calls that in a fork for each line; each is to be killed.
 
-    Importing JAX and Flax takes longer than most of what a child does. In a `with`, which leaves nothing running.
+    Importing JAX and Flax takes longer than most of what a child does, and what it compiles one before has compiled.
+    In a `with`, which leaves nothing running.
     """
 
     def __init__(self, script: str) -> None:
@@ -57,12 +67,13 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         self._errors = tempfile.TemporaryFile()
+        self._compiled = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", self._script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment(),
+            env=environment() | compilation_cache(self._compiled.name),
             start_new_session=True,
         )
         self._heard = b""
@@ -74,6 +85,7 @@ class Nursery:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._errors.close()
+        self._compiled.cleanup()
 
     def bear(self, *words: object) -> None:
         """Has the next child called with these words, once that before is killed."""
