@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -36,21 +36,23 @@ class Finding(Struct, frozen=True):
     Attributes:
       text: what it is.
       cost: what it costs, or may.
-      mend: the lines that mend it; with a gap (`…`) where only the reader can say. None where words are all there is.
-      restart: they mend it in the first cell of a restarted kernel: JAX has settled it for this one.
+      mend: the lines that mend it, with a gap (`…`) where only the reader can say; None where a restart is all.
+      when: `first` where they mend it in the first cell of a restarted kernel, since JAX has settled it for this one;
+        `then` where the kernel is to be restarted after them; empty where they mend it at once.
       now: results or times of this kernel depend on it, so that its first report says so.
     """
 
     text: str
     cost: str
     mend: str | None = None
-    restart: bool = False
+    when: Literal["", "first", "then"] = ""
     now: bool = False
 
     @property
     def note(self) -> Note:
         """What is wrong and what it costs in one line, with the line that mends it."""
-        when = "; once the kernel is restarted, in its first cell" if self.restart and self.mend else ""
+        when = {"": "", "first": "; first of all in a restarted kernel", "then": "; then restart the kernel"}[self.when]
+        when = when.replace("then ", "") if self.mend is None else when
         gap = self.mend is not None and "…" in self.mend
         text = f"{self.text}: {self.cost}{when}"
         return Note("doctor", text, write=None if gap else self.mend, form=self.mend if gap else None)

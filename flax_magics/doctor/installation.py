@@ -42,7 +42,7 @@ REMOTE = re.compile(r"^\w+://")
 
 def accelerator(_: Examined) -> Finding | None:
     """A GPU or TPU that is there and not used."""
-    cost = "models train some 10 to 100 times slower on the CPU"
+    cost = "models train some 10 to 100 times slower than on it"
     backend, device = jax.default_backend(), default_device()
     if backend != "cpu":
         if device.platform != "cpu":
@@ -53,16 +53,17 @@ def accelerator(_: Examined) -> Finding | None:
     if not found:
         return None
     extra, modules, platform = PLUGINS[found[0]]
-    text = f"this machine has a {found[0]}, and JAX runs on the CPU"
+    text = f"this machine has {'a' if found[0] == 'TPU' else 'an'} {found[0]}, and JAX runs on the CPU"
     chosen = value_of("jax_platforms") or ""
     if "cpu" in chosen.split(","):
         if os.environ.get("JAX_PLATFORMS"):
             mend = 'import os\nos.environ.pop("JAX_PLATFORMS", None)'
-            return Finding(f'{text}, as JAX_PLATFORMS="{chosen}" says', cost, mend, restart=True)
-        return Finding(f"{text}, as `jax_platforms` says", cost, restart=True)
+            return Finding(f'{text}, as JAX_PLATFORMS="{chosen}" says', cost, mend, "first")
+        mend = 'import jax\njax.config.update("jax_platforms", None)'
+        return Finding(f"{text}, as `jax_platforms` says", cost, mend, "first")
     if not any(importlib.util.find_spec(module) for module in modules):
         mend = f'%pip install -U "jax[{extra}]=={jax.__version__}"'
-        return Finding(f"{text}, since the plugin for it is not installed", cost, mend, restart=True, now=True)
+        return Finding(f"{text}, since the plugin for it is not installed", cost, mend, "then", now=True)
     mend = f'import jax\njax.devices("{platform}")  # says why'
     return Finding(f"{text}, since the plugin for it did not start", cost, mend, now=True)
 
@@ -79,8 +80,8 @@ def installed_since(_: Examined) -> Finding | None:
                 changed.append(f"{name} {imported} runs, and {installed} is installed")
     if not changed:
         return None
-    cost = "what is imported from now on is of the other version, and fails in odd ways, until the kernel is restarted"
-    return Finding("; ".join(changed), cost, now=True)
+    cost = "what is imported from now on is of the other version, and fails in odd ways"
+    return Finding("; ".join(changed), cost, None, "then", now=True)
 
 
 def versions(_: Examined) -> Finding | None:
@@ -90,7 +91,7 @@ def versions(_: Examined) -> Finding | None:
         return None
     told = [f"{package} takes {wanted}, and {installed} is installed" for package, wanted, installed in unmet]
     wanted = " ".join(dict.fromkeys(f'"{wanted}"' for _, wanted, _ in unmet))
-    return Finding("; ".join(told), "calls fail, or a GPU is not found", f"%pip install {wanted}", restart=True)
+    return Finding("; ".join(told), "calls fail, or a GPU is not found", f"%pip install {wanted}", "then")
 
 
 def _unmet() -> Iterator[tuple[str, str, str]]:
@@ -127,8 +128,10 @@ def twice_on_path(_: Examined) -> Finding | None:
                 tuple(str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix))
             )
             # pip leaves alone what lies outside of its environment.
-            mend = f"%pip uninstall -y {name}" if inside else f"import sys\nsys.path.remove({str(first)!r})"
-            return Finding(f"{name} is on the path twice: {where}", cost, mend, restart=True, now=True)
+            text = f"{name} is on the path twice, {where}"
+            if inside:
+                return Finding(text, cost, f"%pip uninstall -y {name}", "then", now=True)
+            return Finding(text, cost, f"import sys\nsys.path.remove({str(first)!r})", "first", now=True)
     return None
 
 
@@ -144,15 +147,15 @@ def preallocation(examined: Examined) -> Finding | None:
     if not chosen:
         if not examined.started or not limit or pool < 0.9 * limit:
             return None
-        text = f"{PREALLOCATE}=false came too late: JAX took {bytes_(pool)} of {name} when it was first used"
-        return Finding(text, "nothing else gets that memory", WITHOUT, restart=True, now=True)
+        text = f"{PREALLOCATE}=false was set after JAX had taken {bytes_(pool)} of {name}"
+        return Finding(text, "nothing else gets that memory", WITHOUT, "first", now=True)
     others = [module for module in OTHERS if module in sys.modules]
     if not others:
         return None
     amount = f"{bytes_(limit)} of {name}" if limit else f"three quarters of {name}"
     takes = "took" if examined.started else "takes"
     text = f"JAX {takes} {amount} at its first use, and {' and '.join(others)} is loaded too"
-    return Finding(text, "what that asks for beyond the rest fails", WITHOUT, restart=True, now=True)
+    return Finding(text, "what that asks for beyond the rest fails", WITHOUT, "first", now=True)
 
 
 def cache_folder(examined: Examined) -> Finding | None:
@@ -166,11 +169,11 @@ def cache_folder(examined: Examined) -> Finding | None:
             return Finding(f"the folder of JAX's cache, {theirs}, cannot be written", NOT_KEPT, mend)
         size = sum(_sizes(theirs))
         if size > HUGE and value_of("jax_compilation_cache_max_size") == -1:
-            mend = f'import jax\njax.config.update("jax_compilation_cache_max_size", {HUGE})'
+            mend = f'import jax\njax.config.update("jax_compilation_cache_max_size", {HUGE:_})'
             if importlib.util.find_spec("filelock") is None:  # JAX asks for it where there is a limit
                 mend = f"%pip install filelock\n{mend}"
             text = f"JAX's cache in {theirs} has {bytes_(size)}, and no limit"
-            return Finding(text, "the disk fills up, and nothing is ever deleted", mend, restart=True)
+            return Finding(text, "the disk fills up, and nothing is ever deleted", mend, "first")
         return None
     if examined.disk is None:
         return None

@@ -63,7 +63,7 @@ class HealthMethods:
           shell: IPython's, some of whose settings matter.
         """
         findings, failed = examine(CHECKS, self._examined(names, shell))
-        devices = name_devices([device for device in jax.local_devices() if device.platform == jax.default_backend()])
+        devices = name_devices(jax.local_devices())
         versions = (f"jax {jax.__version__}", f"flax {importlib.metadata.version('flax')}")
         return Diagnosis(findings, failed, len(CHECKS), (*versions, devices))
 

@@ -17,7 +17,6 @@ DEBUG = {
     "jax_log_compiles": "each compilation is printed",
     "jax_explain_cache_misses": "each trace is compared with earlier ones, and printed",
     "jax_enable_checks": "JAX checks itself at each operation",
-    "jax_disable_most_optimizations": "XLA leaves its optimisations out, and programs run slower",
 }
 """Setting for debugging → what it costs while it is on."""
 
@@ -44,7 +43,7 @@ def x64(_: Examined) -> Finding | None:
     """64 bits where nothing else is said; or the environment variable for it, set too late."""
     if is_on("jax_enable_x64"):
         cost = "twice the memory, and on a GPU or TPU 2 to 60 times the time"
-        return Finding("`jax_enable_x64` is on: new arrays are float64", cost, set_to(False, "jax_enable_x64"))
+        return Finding("`jax_enable_x64` is on, and new arrays are float64", cost, set_to(False, "jax_enable_x64"))
     if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true", "yes", "on"):
         text = "JAX_ENABLE_X64 is set, and JAX was imported before, or told otherwise"
         return Finding(text, "arrays are float32 all the same", set_to(True, "jax_enable_x64"))
@@ -54,7 +53,7 @@ def x64(_: Examined) -> Finding | None:
 def legacy_keys(examined: Examined) -> Finding | None:
     """Keys that are plain numbers, as `jax.random.PRNGKey` makes them, or the setting that makes these typed ones."""
     if is_on("jax_enable_custom_prng"):
-        text = "`jax_enable_custom_prng` is on: PRNGKey gives typed keys here, and plain numbers elsewhere"
+        text = "`jax_enable_custom_prng` is on, and PRNGKey gives typed keys here and plain numbers elsewhere"
         return Finding(text, "code that was tried here fails there", set_to(False, "jax_enable_custom_prng"))
     shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     raw = [
@@ -67,11 +66,12 @@ def legacy_keys(examined: Examined) -> Finding | None:
     ]
     if not raw:
         return None
+    told = ", ".join([*(f"`{name}`" for name in raw[:4]), *["…"] * (len(raw) > 4)])
     are = "is a key" if len(raw) == 1 else "are keys"
-    text = f"{', '.join(raw[:4])}{', …' * (len(raw) > 4)} {are} as jax.random.PRNGKey makes it, uint32[{shape[0]}]"
+    text = f"{told} {are} of jax.random.PRNGKey, plain uint32[{shape[0]}]"
     lines = ["import jax", *(f"{name} = jax.random.wrap_key_data({name})" for name in raw)]
-    cost = "JAX takes it for numbers: arithmetic with it, or using it twice, passes unnoticed"
-    return Finding(text, f"{cost}; jax.random.key makes typed ones", "\n".join(lines))
+    cost = "adding to a key, or giving one where numbers belong, passes unnoticed; jax.random.key makes typed ones"
+    return Finding(text, cost, "\n".join(lines))
 
 
 def threefry(_: Examined) -> Finding | None:
@@ -106,4 +106,4 @@ def recoverability(_: Examined) -> Finding | None:
         return None
     text = f"`jax_enable_recoverability` is off in a job of {jax.process_count()} processes"
     cost = "when one of them ends, JAX ends the others, and what they hold is lost"
-    return Finding(text, cost, set_to(True, "jax_enable_recoverability"), restart=True, now=True)
+    return Finding(text, cost, set_to(True, "jax_enable_recoverability"), "first", now=True)
