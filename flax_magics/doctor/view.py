@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from ..base.text import bytes_, clean, count, dotted, plural, table
+from ..report.facts import Row
 from ..report.html import note_lines, render, shown_bundle
-from ..report.text import Notice, notes, notice_text
+from ..report.text import Notice, columns, notes, notice_text
 from ..run import Note
 from .finding import Finding
 from .memory import REPLAYS, Holding
@@ -17,6 +18,7 @@ SHOWN = 12
 """How many holdings are listed; what the smaller ones have together is one more row."""
 WORTH = 1_000_000
 """Bytes that only replays hold, from which on the line is told that lets go of them."""
+HELD = "  held    "
 NOBODY = "reached by no name: programs that JAX keeps, or code that is running"
 
 
@@ -82,17 +84,23 @@ def diagnosis_notice(diagnosis: Diagnosis) -> Notice:
 
 def freed_text(freed: Freed, first: str = "") -> str:
     """The answer of `%flax_free` as text; `first` is a line above it."""
-    rows = [("let go", "", clean(what)) for what in freed.let_go]
-    rows += [("" if n else "held", size, who) for n, (size, who) in enumerate(_rows(freed))]
     above = [first] if first else []
-    return "\n".join([*above, *dotted(("free", *_parts(freed))), *table(rows, indent="  "), *notes(_notes(freed))])
+    let_go = columns([Row("let go", tuple(map(clean, freed.let_go)))])
+    held = table(_rows(freed), indent=" " * len(HELD))
+    held[:1] = [HELD + line[len(HELD) :] for line in held[:1]]
+    return "\n".join([*above, *dotted(("free", *_parts(freed))), *let_go, *held, *notes(_notes(freed))])
 
 
 def freed_bundle(freed: Freed, style: str, first: str = "") -> dict[str, object]:
     """The MIME bundle of `freed_text`."""
 
     def html() -> str:
-        context = {"first": first, "texts": _parts(freed), "let_go": freed.let_go, "rows": _rows(freed)}
+        context = {
+            "first": first,
+            "texts": _parts(freed),
+            "let_go": [clean(what) for what in freed.let_go],
+            "rows": _rows(freed),
+        }
         return render("free.html", {**context, "notes": note_lines(_notes(freed))})
 
     return shown_bundle(freed_text(freed, first), html, style)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from made import run
+from msgspec.structs import replace
+from runs_to_show import REUSED
 
 from flax_magics.base.measures import name_devices
 from flax_magics.doctor.memory import Holding, buffer_of, bytes_by_device, holdings, live_arrays, reached
@@ -24,6 +25,11 @@ class Slotted:
 
 class Owner:
     weights: Any = None
+
+
+class Weights(nnx.Module):
+    def __init__(self, array: Any) -> None:
+        self.weights = nnx.Param(array)
 
 
 def failed(array: Any) -> Exception:
@@ -58,8 +64,8 @@ HOLDERS = {
     "an object's class": lambda array: as_class_attribute(array)(),
     "an error": failed,
     "a generator": lambda array: (array for _ in range(2)),
-    "an NNX module": lambda array: nnx.Dict(weights=nnx.Param(array)),
-    "a Run": lambda array: run(output=array),
+    "an NNX module": lambda array: Weights(array),
+    "a Run": lambda array: replace(REUSED, output=array),
     "a method": lambda array: Slotted(array).__eq__,
 }
 
@@ -78,7 +84,9 @@ def test_neither_globals_of_a_function_nor_modules_nor_what_is_stopped_at_are_lo
     live = live_arrays()
     module = types.ModuleType("of_the_user")
     module.array = array
-    function = types.FunctionType((lambda: array).__code__.replace(co_freevars=()), {"array": array, "__builtins__": {}})
+    function = types.FunctionType(
+        (lambda: array).__code__.replace(co_freevars=()), {"array": array, "__builtins__": {}}
+    )
     assert reached([module, function, {"__builtins__": {}, "array": array}], live) == []
     held = Slotted(array)
     assert reached([held], live, {id(held)}) == []
@@ -86,7 +94,7 @@ def test_neither_globals_of_a_function_nor_modules_nor_what_is_stopped_at_are_lo
 
 def test_each_array_counts_once_under_all_that_hold_it():
     jax.clear_caches()
-    before = set(live_arrays())
+    before = live_arrays()
     first, second, third = (jnp.ones((size,), jnp.float32) * 2 for size in (1000, 10, 5))
     live = {number: array for number, array in live_arrays().items() if number not in before}
     rows = holdings(live, [("a", [first, second]), ("b", second), ("%flax_replay", [second, third]), ("c", ())])
