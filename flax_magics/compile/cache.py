@@ -325,11 +325,11 @@ class ProgramCache:
             specs = [*reversed(self.purposes[name])]
             specs.sort(key=lambda spec: last is None or spec.key != last.key)
             current |= {spec.key for spec in specs if editions.setdefault(spec.mode, spec.edition) == spec.edition}
-        old = [key for key in self.by_call if key not in current]
-        dropped = {id(self.by_call.pop(key).executable) for key in old}
-        dropped -= {id(program.executable) for program in self.by_call.values()}
-        for text_key in [key for key, (executable, _) in self.by_text.items() if id(executable) in dropped]:
-            del self.by_text[text_key]
+        old = [self.by_call.pop(key, None) for key in [*self.by_call] if key not in current]
+        dropped = {id(program.executable) for program in old if program is not None}
+        dropped -= {id(program.executable) for program in [*self.by_call.values()]}
+        for text_key in [key for key, (executable, _) in [*self.by_text.items()] if id(executable) in dropped]:
+            self.by_text.pop(text_key, None)
         return len(dropped)
 
     def begin_compiling(self, traced: Traced, phase: OnPhase, where: Hashable) -> Compiling:

@@ -18,7 +18,7 @@ CHECKS = (
     Check("x64", settings.x64),
     Check("debug flags", settings.debug_flags),
     Check("legacy keys", settings.legacy_keys),
-    Check("jitted modules", names.jitted_modules),
+    Check("jitted modules", names.jitted_modules, first=True),
     Check("explicit mesh", names.explicit_mesh),
     Check("forked workers", names.workers, first=True),
     Check("autoreload", names.autoreload),

@@ -64,8 +64,8 @@ class Check(Struct, frozen=True):
     Attributes:
       name: what is looked at, in a word or two.
       test: returns what is wrong, None where all is well.
-      first: it is worth its time before the first report of a kernel: what it finds matters at once, and it takes less
-        than a millisecond.
+      first: it is worth its time before the first report of a kernel: what it finds matters at once, and it takes a
+        millisecond at most.
     """
 
     name: str

@@ -78,12 +78,13 @@ def _places(array: jax.Array) -> Iterator[tuple[Any, int]]:
         yield device, size
 
 
-def holdings(live: LiveArrays, roots: Roots, stops: Set[int] = frozenset()) -> tuple[Holding, ...]:
+def holdings(live: LiveArrays, roots: Roots, stops: Set[int] = frozenset(), others: Roots = ()) -> tuple[Holding, ...]:
     """Who holds the live arrays, the largest holding first.
 
     Args:
       roots: where to begin.
       stops: ids of objects that are not looked into.
+      others: where to go on for arrays that are reached from none of these.
     """
     buffers = {number: buffer_of(array) for number, array in live.items()}
     holders: dict[int, list[str]] = {buffer: [] for buffer in buffers.values()}
@@ -92,6 +93,11 @@ def holdings(live: LiveArrays, roots: Roots, stops: Set[int] = frozenset()) -> t
             # What is held anyway, replays and programs hold at no cost.
             if not (name in SPARE and holders[buffer]):
                 holders[buffer].append(name)
+    for name, value in others:
+        if all(holders.values()):
+            break
+        for buffer in {buffers[number] for number in reached(value, live, stops)}:
+            holders[buffer] = holders[buffer] or [name]
     groups: dict[tuple[str, ...], list[int]] = {}
     for buffer, number in {buffer: number for number, buffer in buffers.items()}.items():
         sizes = groups.setdefault(tuple(dict.fromkeys(holders[buffer])), [])

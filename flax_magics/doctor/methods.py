@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,6 @@ class HealthMethods:
         *,
         replays: bool,
         names: Mapping[str, object],
-        hidden: Collection[str] = (),
         dropped: Iterable[str] = (),
         let_go: Iterable[str] = (),
         before: Mapping[str, int] | None = None,
@@ -110,7 +109,6 @@ class HealthMethods:
         """`free` of a notebook.
 
         Args:
-          hidden: names that are not the user's.
           dropped: models to let go of.
           let_go: what was let go of already, in words.
           before: device → bytes that it held before that.
@@ -134,13 +132,12 @@ class HealthMethods:
         gc.collect()
         live = live_arrays()
         held = bytes_by_device(live)
-        users = [(name, value) for name, value in users_names(names) if name not in hidden]
         stopped = {id(self), id(names), *map(id, stops)}
         return Freed(
             freed={device: size - held.get(device, 0) for device, size in before.items() if size > held.get(device, 0)},
             held=held,
             let_go=tuple(said),
-            holdings=holdings(live, [*users, *self._holders(), *users_modules(names)], stopped),
+            holdings=holdings(live, [*users_names(names), *self._holders()], stopped, users_modules(names)),
             lost=lost,
         )
 

@@ -27,7 +27,7 @@ def jitted_modules(examined: Examined) -> Finding | None:
     modules = {name: value for name, value in _named(examined) if isinstance(value, nnx_modules())}
     for name, function in jitted.items():
         inner = inspect.unwrap(function)
-        captured = next(_captured(inner), None)
+        captured = next(_captured(inner, modules), None)
         if captured is not None:
             text = f"`{name}` is jax.jit of a function that reads the NNX module `{captured}` from outside"
             cost = "its weights are constants of the program, and later ones are never seen"
@@ -47,12 +47,11 @@ def _named(examined: Examined) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in examined.names.items() if not name.startswith("_"))
 
 
-def _captured(function: Any) -> Iterator[str]:
-    """Names of the NNX modules that a function reads from its globals, closes over, or is a method of."""
-    if isinstance(function, types.MethodType):
-        if isinstance(function.__self__, nnx_modules()):
-            yield "net"
-        function = function.__func__
+def _captured(function: Any, modules: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the NNX modules that a function reads from its globals, closes over, is, or is a method of."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, nnx_modules()):
+        yield next((name for name, module in modules.items() if module is owner), "net")
     if isinstance(function, types.FunctionType):
         closed = inspect.getclosurevars(function).nonlocals
         loaded = {name: function.__globals__.get(name) for name in loads_of(function.__code__).names}

@@ -39,8 +39,6 @@ def free(notebook: Notebook, *, replays: bool = False, failed: Any = None) -> Fr
     return session.run_free(
         replays=replays,
         names=names,
-        # Whatever the last values hold by now, the user has given these names.
-        hidden=set(shell.user_ns_hidden) - set(LAST_VALUES),
         dropped=gone if failed is None else (),
         let_go=[*([LAST_ERROR] if had_error else []), *values],
         before=before,

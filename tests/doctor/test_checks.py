@@ -266,6 +266,20 @@ def loop():
         now=True,
         after="del step, net",
     ),
+    "a module itself": Case(
+        "jitted modules",
+        "net = Noisy(nnx.Rngs(0))\nstep = jax.jit(net)",
+        """
+! `step` is jax.jit of a function that reads the NNX module `net` from outside:
+  its weights are constants of the program, and later ones are never seen
+  form: from flax import nnx
+        @nnx.jit
+        def step(net, …):
+          …
+""",
+        now=True,
+        after="del step, net",
+    ),
     "a mesh": Case(
         "explicit mesh",
         "layer, kinds = nn.Dense(2), (jax.sharding.AxisType.Explicit,)\n"
