@@ -7,7 +7,7 @@ import gc
 import jax
 import pytest
 
-from flax_magics.doctor.memory import live_arrays, reached
+from flax_magics.doctor.memory import buffer_of, live_arrays, reached
 
 NET = """%%flaxmodel net = Net()
 class Net(nn.Module):
@@ -41,7 +41,8 @@ def alive(notebook):
         session, stops = notebook.session, {id(notebook.shell), id(notebook.shell.user_ns), id(notebook.session)}
         entries = {} if session is None else session._state.models
         of_models = [(entry.variables, entry.model, entry.last_init) for entry in entries.values()]
-        return len(live), len(set(reached([*users.values(), of_models], live, stops)))
+        held = reached([*users.values(), of_models], live, stops)
+        return len({*map(buffer_of, live.values())}), len({buffer_of(live[number]) for number in held})
 
     return count
 
@@ -62,8 +63,8 @@ def test_what_is_alive_afterwards_is_what_names_and_models_reach(notebook, alive
     assert "the last error, with its frames" in notebook("%flax_free --replays")
     after, reachable = alive()
     assert after == reachable
-    # x, kept, kernel and bias; the arrays of the init's record.
-    assert reachable == 5
+    # `kept`, kernel and bias, and the key that they were made with.
+    assert reachable == 4
     assert notebook["kept"].shape == (3, 4, 4)
     assert set(notebook.session.models) == {"net"}
     assert notebook("y = %flax_apply net(x)").startswith("net · ")
