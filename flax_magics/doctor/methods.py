@@ -119,7 +119,7 @@ class HealthMethods:
         last = [vars(sys).pop(name, None) for name in LAST]
         if last.count(None) < len(LAST) and LAST_ERROR not in said:
             said.insert(0, LAST_ERROR)
-        del last
+        del last  # or its frames would count as held
         for name in dropped:
             self._drop(name)
             said.append(f"the model {name}, whose name is gone")
@@ -150,6 +150,9 @@ class HealthMethods:
         with self._in_place_of(before):
             self._state = replace(before, models=models, opened=opened)
         self._plans.forget(name)
+        replaced = before.models[name].replaced
+        if replaced is not None:  # nobody can ask for it any more
+            self._keeping.drop(replaced)
 
     def _holders(self) -> Roots:
         """What the session holds, by words for it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LAST_VALUES = ("_", "__", "___")
 NAMED = 6
 """How many entries of `Out` are named."""
-BY_ITSELF = "out of device memory: %flax_free has run, which %config FlaxMagics.free = False leaves out"
+BY_ITSELF = "out of memory, so %flax_free ran; %config FlaxMagics.free = False turns it off"
 
 
 def free(notebook: Notebook, *, replays: bool = False, failed: Any = None) -> Freed:

@@ -146,8 +146,8 @@ def test_it_runs_by_itself_where_the_device_has_no_more_memory(notebook):
     notebook(OUT_OF_MEMORY)
     shown = notebook.fails("g()")
     assert "RESOURCE_EXHAUSTED" in shown
-    news = shown[shown.index("out of device memory") :].splitlines()
-    assert news[0] == "out of device memory: %flax_free has run, which %config FlaxMagics.free = False leaves out"
+    news = shown[shown.index("out of memory, so") :].splitlines()
+    assert news[0] == "out of memory, so %flax_free ran; %config FlaxMagics.free = False turns it off"
     assert news[1].startswith("free · cpu:0 1.0 MB freed · held: cpu:0 ")
     # Raised from it, too.
     shown = notebook.fails("try:\n  g()\nexcept Exception as error:\n  raise ValueError from error")
