@@ -19,6 +19,7 @@ from .base.threads import Overtaken, at_once, until_committed
 from .base.types import PyTree
 from .cells.journal import cell_number, cells_of_notebook
 from .compile.cache import ProgramCache, Services
+from .doctor.methods import HealthMethods
 from .errors import FlaxMagicsError
 from .execution import record, surroundings
 from .execution.apply import apply_again, apply_model, init_model
@@ -56,7 +57,7 @@ _init = by_kind(init_model, rebuild)
 show_as(FACE)
 
 
-class Session(SessionView, LossMethods):
+class Session(SessionView, LossMethods, HealthMethods):
     """Registered models, one root key, and the runs that split it. Needs no IPython.
 
     Every `apply` is one draw, `root, params, dropout = jax.random.split(root, 3)`, committed once the run has
@@ -452,8 +453,8 @@ class Session(SessionView, LossMethods):
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key` that returns the Run, whose output is the key. `cell`: the number of the notebook cell."""
         if not name.isidentifier():
-            line = f"%flax_key {plain_name(name, 'latent')}"
-            raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
+            write = f"%flax_key {plain_name(name, 'latent')}"
+            raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=write)
         stand_outside(surroundings.of_key, name, cell)
         before, draw = self._state, self._state.root.draw()
         run = record.run_of_key(name, draw, cell, first=before.runs is None)

@@ -514,7 +514,10 @@ SCENARIOS = [
     Scenario("training.data.dry", f"{TRAIN} --steps 3 loss(net, data)", (NET, SUM, OPTAX, "data = iter([x, x])"),
              ("[x, x]",), again=True),
     # -- keys, files, history
-    Scenario("notebook.magics.flax", "%flax nothing"),
+    Scenario("notebook.command.takes_nothing", "%flax nothing"),
+    Scenario("doctor.finding.note", "%flax_doctor", ("key = jax.random.PRNGKey(0)",), again=True),
+    Scenario("doctor.view._notes", "%flax_free",
+             (NET, "z = jnp.ones((100_000, 4))\n%flax_apply -q net(z);\ndel z"), again=True),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
     Scenario("notebook.magics.flax_key", "%flax_key --fresh", (NET, RAN)),
     Scenario("notebook.magics._check_seed", "%config FlaxMagics.seed = 9", (NET, RAN), again=True),

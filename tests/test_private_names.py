@@ -33,7 +33,7 @@ IN_MODELS = {
     "_update_variables", "_var_metadata",
 }  # fmt: skip
 """What models/ takes of objects of theirs, or replaces while it traces."""
-NOT_THEIRS = {"_field_type", "_fields", "_getframe", "_render_traceback_", "_signal"}
+NOT_THEIRS = {"_field_type", "_fields", "_getframe", "_reloader", "_render_traceback_", "_signal"}
 """Names of dataclasses, named tuples, Python and IPython."""
 
 
@@ -82,7 +82,8 @@ def test_methods_of_flax_are_replaced_where_models_are_traced():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == name
         }
 
-    on_their_own = {"execution/call.py", "notebook/magics.py", "models/bridge.py"}  # on classes of ours, and on an Rngs
+    # On classes of ours, on an Rngs, and on IPython's.
+    on_their_own = {"execution/call.py", "notebook/magics.py", "models/bridge.py", "notebook/free.py"}
     assert calling("setattr") - on_their_own == {"models/base.py"}
     assert calling("replaced") == {"models/bridge.py", "models/linen_trace.py", "models/nnx_trace.py"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -124,6 +125,31 @@ def is_in_mesh() -> bool:
         return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
     except (ImportError, AttributeError):
         return True
+
+
+def accelerators() -> list[str]:
+    """The accelerators of this machine, used or not, as JAX itself looks for them: `NVIDIA GPU`, `AMD GPU`, `TPU`."""
+    try:
+        from jax._src import hardware_utils
+    except ImportError:
+        return []
+    found = []
+    with suppress(AttributeError, OSError):
+        found += ["NVIDIA GPU"] * hardware_utils.has_visible_nvidia_gpu()
+    with suppress(AttributeError, OSError):
+        found += ["TPU"] * (hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0)
+    with suppress(AttributeError, OSError):  # not in 0.7
+        found += ["AMD GPU"] * (hardware_utils.num_available_amd_gpus() > 0)
+    return found
+
+
+def has_devices() -> bool:
+    """Whether JAX has found its devices already, which settles how it holds their memory; True where it cannot be told."""
+    try:
+        from jax._src.xla_bridge import backends_are_initialized
+    except ImportError:
+        return True
+    return backends_are_initialized()
 
 
 def is_compiled_alone(primitive: Primitive) -> bool:

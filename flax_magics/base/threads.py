@@ -13,6 +13,7 @@ import contextvars
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -266,6 +267,19 @@ class Running:
             self._one.block_until_ready()  # raises the error of a program that failed
         assert self._seconds is not None
         return self._seconds
+
+
+def forked_workers(data: object) -> int:
+    """How many workers a `DataLoader` of torch's forks from this process; 0 for whatever else, and for other ways."""
+    torch = sys.modules.get("torch.utils.data")
+    if torch is None or not isinstance(data, torch.DataLoader) or not sys.platform.startswith("linux"):
+        return 0
+    import multiprocessing  # takes some milliseconds, and torch has it
+
+    context = getattr(data, "multiprocessing_context", None)
+    default = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    method = default if context is None else context.get_start_method()
+    return int(data.num_workers) if method == "fork" else 0
 
 
 def elsewhere(

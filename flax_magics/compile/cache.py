@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from pathlib import Path
 
 import jax
@@ -306,6 +306,32 @@ class ProgramCache:
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
+
+    def let_go(self, models: Container[str]) -> int:
+        """Drops programs of other models than `models`, of earlier editions of these, and of runs that were given up.
+
+        Returns how many. A program that is wanted again is compiled again, or read from the disk cache.
+        """
+        self.unfinished.finish()
+        for text_key in [key for key, future in self.compiling.items() if future.done()]:
+            self.compiling.pop(text_key, None)
+        current: set[Hashable] = set()
+        for name in [*self.purposes]:
+            if name not in models:
+                del self.purposes[name]
+                self.parts.pop(name, None)
+                continue
+            # The edition in each mode: that of the last run, else that of the newest program.
+            last, editions = self.parts.get(name), dict[str, bytes | None]()
+            specs = [*reversed(self.purposes[name])]
+            specs.sort(key=lambda spec: last is None or spec.key != last.key)
+            current |= {spec.key for spec in specs if editions.setdefault(spec.mode, spec.edition) == spec.edition}
+        old = [self.by_call.pop(key, None) for key in [*self.by_call] if key not in current]
+        dropped = {id(program.executable) for program in old if program is not None}
+        dropped -= {id(program.executable) for program in [*self.by_call.values()]}
+        for text_key in [key for key, (executable, _) in [*self.by_text.items()] if id(executable) in dropped]:
+            self.by_text.pop(text_key, None)
+        return len(dropped)
 
     def begin_compiling(self, traced: Traced, phase: OnPhase, where: Hashable) -> Compiling:
         """Starts to compile a traced function that is no call of a model, unless it is cached.

@@ -126,6 +126,13 @@ class DiskCache:
         """Bytes of all files in the folder."""
         return sum(status.st_size for _, status in self._files())
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the folder may be used, as far as it is there already."""
+        with contextlib.suppress(OSError):
+            return self._is_own()
+        return True
+
     def name_of(self, program: Hashable) -> str:
         """The file name for a `program_key`, whose repr is hashed together with the environment."""
         # Reprs with an address would name a new file in every process; the address itself changes no program.

@@ -161,8 +161,8 @@ class Replaying(Struct, frozen=True):
             )
         if origin is None or stored.inputs is None:
             raise FlaxMagicsError(
-                f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
-                f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
+                f"{what} cannot be run again: its inputs and variables were let go of: by %flax_free --replays, or the"
+                f" oldest to stay within {bytes_(self.limit)}. With a higher limit later ones are kept.",
                 write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
             )
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*stored.inputs[1], *origin.leaves)):

@@ -339,6 +339,33 @@ FLAX_REPLAY = Command(
     takes="draw",
 )
 
+FLAX_FREE = Command(
+    "%flax_free",
+    "%flax_free [--replays]",
+    "Lets go of what pins device memory and nobody needs: the frames of the last error (%debug and %tb know it no more), "
+    "values in Out and _ that hold arrays, models whose name was deleted, and programs of models that were edited since. "
+    "Says how many bytes each device holds no more, and who holds the rest: your variables by name, models, replays.\n\n"
+    "What a name of yours reaches stays, and so do models' variables. After a cell that failed for want of device memory "
+    "it runs by itself, and keeps all models; %config FlaxMagics.free = False leaves that out.",
+    (Option("--replays", "let go of what is held for %flax_replay alone, too"),),
+    ("%flax_free", "%flax_free --replays"),
+    takes="",
+    bare=True,
+)
+
+FLAX_DOCTOR = Command(
+    "%flax_doctor",
+    "%flax_doctor",
+    "Looks for what is wrong with JAX and Flax here: an accelerator that is not used, versions that do not go together, "
+    "device memory, settings that cost time or bits, folders of programs, and among your variables jitted NNX modules, "
+    "meshes, loaders and keys. Each finding is what it is, what it costs, and the line that mends it. Changes nothing.\n\n"
+    "What matters at once also stands beneath the first report of a kernel, where %config FlaxMagics.notes does not "
+    "leave it out: {'doctor': False}.",
+    examples=("%flax_doctor",),
+    takes="",
+    bare=True,
+)
+
 COMMANDS = {value.name: value for value in list(globals().values()) if isinstance(value, Command)}
 
 
@@ -363,6 +390,8 @@ MEANINGS = (
     ("%flax_export [FILE]", "the session as a plain Flax script"),
     ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
     ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
+    ("%flax_free", "lets go of what pins device memory; who holds the rest"),
+    ("%flax_doctor", "what is wrong with JAX here, and the line that mends it"),
 )
 """The commands with their meanings, as `%flax` lists them."""
 
@@ -387,6 +416,7 @@ KINDS = (
         "still",
         "stopped",
         "resume",
+        "doctor",
     ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
@@ -419,4 +449,5 @@ constant: another net in the call of a loss gets no gradient.
 still: the loss of a training has not moved in its last 50 steps.
 stopped: a training has ended before its last step, and the line that goes on with it.
 resume: a training goes on with other data, weights or code than it had, or with an iterable that may give other batches.
+doctor: in the first report of a kernel, what is wrong with JAX there; see %flax_doctor.
 """

@@ -184,6 +184,12 @@ class CommandUse(Record):
             raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
         return "train" if self["train"] else "eval" if self["eval"] else None
 
+    def takes_nothing(self) -> None:
+        """Raises FlaxMagicsError where something stands after the options."""
+        if self.rest:
+            name = self.spec.name
+            raise FlaxMagicsError(f"{name} takes nothing after it, and `{self.rest}` stands there.", write=name)
+
     def run(self, run: Callable[[CallExpression], Run], *, gives_run: bool = False) -> Any:
         """Runs the call of a line or a cell, and reports it. Returns the output; None if it is assigned or silenced.
 

@@ -19,7 +19,9 @@ from ..line.call import CallExpression, parse_call, parse_expression, plain_name
 from ..line.commands import (
     FLAX,
     FLAX_APPLY,
+    FLAX_DOCTOR,
     FLAX_EXPORT,
+    FLAX_FREE,
     FLAX_GRAD,
     FLAX_HISTORY,
     FLAX_INIT,
@@ -77,6 +79,10 @@ class FlaxMagics(Magics):
         min=0,
         help="How many bytes are kept of what only %flax_replay needs: inputs, and variables that later runs overwrote.",
     ).tag(config=True)
+
+    free = Bool(True, help="Whether %flax_free runs by itself after a cell that failed for want of device memory.").tag(
+        config=True
+    )
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         super().__init__(shell=shell, **kwargs)
@@ -144,6 +150,10 @@ class FlaxMagics(Magics):
             # Where it fails only speed is lost: the first command imports the same, and reports what is wrong.
             with suppress(Exception, KeyboardInterrupt):
                 _import()
+        if self.free and getattr(result, "error_in_exec", None) is not None and "jax" in sys.modules:
+            from .free import free_after
+
+            self.publish(free_after(self.notebook, result, self.style))
 
     # -- commands
 
@@ -163,8 +173,7 @@ class FlaxMagics(Magics):
         """`%flax`"""
         from .status import status, status_bundle
 
-        if use.rest:
-            raise FlaxMagicsError(f"%flax takes nothing after it, and `{use.rest}` stands there.", write="%flax")
+        use.takes_nothing()
         self.publish(status_bundle(status(self.session, self.notebook.reruns()), self.style))
 
     @command(FLAXMODEL)
@@ -425,6 +434,28 @@ class FlaxMagics(Magics):
             load = Load(file, size, restored.seed, restored.draws, models, restored.trained)
             self.notebook.journal.loaded(load)
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
+
+    @command(FLAX_FREE)
+    def flax_free(self, use: CommandUse) -> None:
+        """`%flax_free [--replays]`"""
+        use.takes_nothing()
+        with self.notebook.working("letting go") as live:
+            from ..doctor.view import freed_bundle
+            from .free import free
+
+            freed = free(self.notebook, replays=use["replays"])
+        live.show(freed_bundle(freed, self.style))
+
+    @command(FLAX_DOCTOR)
+    def flax_doctor(self, use: CommandUse) -> None:
+        """`%flax_doctor`"""
+        use.takes_nothing()
+        with self.notebook.working("examining") as live:
+            from ..doctor.view import diagnosis_notice
+            from ..report.html import notice_bundle
+
+            diagnosis = self.session.doctor(names=use.user_ns, shell=self.shell)
+        live.show(notice_bundle(diagnosis_notice(diagnosis), self.style))
 
 
 def _import() -> None:

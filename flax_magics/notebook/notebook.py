@@ -125,7 +125,7 @@ class Notebook:
 
     def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
         self.shell, self.settings = shell, settings
-        self.reporter = Reporter(shell, settings)
+        self.reporter = Reporter(shell, settings, lambda: self.session.first_findings(shell.user_ns, shell))
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
         self.interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
         self.called: ModelCall | None = None
@@ -133,6 +133,8 @@ class Notebook:
         self._cell: int | None = None
         self.known_lines: dict[str, KnownLine] = {}
         """Lines of `%flax_apply` that ran before, by their text."""
+        self.bound: set[str] = set()
+        """Names of registered models that were variables of the notebook when some cell ended."""
 
     # -- its session
 
@@ -177,6 +179,7 @@ class Notebook:
             session.settle()
             if session.models:
                 self.weight_names.look(session.collections, self.shell.user_ns)
+                self.bound.update(filter(self.shell.user_ns.__contains__, session.models))
 
     @cached_property
     def weight_names(self) -> WeightNames:

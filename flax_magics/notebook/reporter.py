@@ -42,11 +42,18 @@ class Reporter:
     """Shows runs: a report for the first run of each line of a cell, and one counting line for all further ones.
 
     Remembers which notes were shown in this kernel, so that each is shown once in a loop.
+
+    Args:
+      first: gives notes for the first report; not called before that.
     """
 
-    def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self, shell: Any, settings: Callable[[], Settings], first: Callable[[], tuple[Note, ...]] | None = None
+    ) -> None:
         self._shell, self._settings = shell, settings
         self._said: set[tuple[str, str]] = set()
+        # Until the first report of this kernel, which also has what is wrong with JAX here.
+        self._first: Callable[[], tuple[Note, ...]] | None = first
         # The counting line of the running cell and, for a notebook that is saved, its runs as data.
         self._loop: Loop | None = None
         self._rows: Rows | None = None
@@ -168,6 +175,9 @@ class Reporter:
 
         Returns whether the cell's counting line has it.
         """
+        if self._first is not None:
+            first, self._first = self._first, None
+            run = run.with_notes((*run.notes, *found)) if (found := first()) else run
         if quiet and not run.notes:
             self._read_later(run)
             live.clear()

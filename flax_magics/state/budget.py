@@ -83,7 +83,16 @@ class ReplayBudget:
             anyway = {id(array) for array in self._current(self._pinned)}
             self._known = sum(self._sizes.values()) - sum(self._sizes.get(array, 0) for array in anyway)
             if self._known > self.limit:
-                self._let_go_of_oldest(anyway)
+                # Well below the limit at once: otherwise each further run would exceed it and count everything again.
+                self._let_go_of_oldest(anyway, enough=self.limit - self.limit // 8)
+
+    def empty(self) -> int:
+        """Drops all runs that hold arrays which the session does not hold anyway, and older ones. Returns how many."""
+        with uninterrupted(), self._counting:
+            self._take_in()
+            before = len(self._held)
+            self._let_go_of_oldest({id(array) for array in self._current(self._pinned)}, enough=0)
+            return before - len(self._held)
 
     def drop(self, replaced: Replaced) -> None:
         """Drops variables that an init replaced, whatever the limit."""
@@ -131,9 +140,7 @@ class ReplayBudget:
             self._sizes |= _sizes_in(held, self._sizes)
             self._pinned = self._pinned or bool(how.pinned)
 
-    def _let_go_of_oldest(self, anyway: set[int]) -> None:
-        # Well below the limit at once: otherwise each further run would exceed it and count everything again.
-        enough = self.limit - self.limit // 8
+    def _let_go_of_oldest(self, anyway: set[int], enough: int) -> None:
         self._sizes, oldest_first, self._held = {}, self._held, []
         self._known, self._pinned = 0, False
         # From the newest back: what still fits stays, all older runs are dropped.

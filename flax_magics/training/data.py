@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -16,6 +15,7 @@ from msgspec.structs import replace
 from ..base.digest import kind_of
 from ..base.measures import default_device
 from ..base.text import plural
+from ..base.threads import forked_workers
 from ..base.types import HostArray, PyTree
 from ..compile.limits import free_bytes
 from ..errors import FlaxMagicsError, written
@@ -301,17 +301,13 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
         if write == line:  # of a training that goes on, with the batch that it began with
             raise FlaxMagicsError(message, hint=f"--resume goes on with arrays where --batch {batch} had cut some")
         raise FlaxMagicsError(message, **written(write))
-    torch = sys.modules.get("torch.utils.data")
-    if torch is not None and isinstance(data, torch.DataLoader) and data.num_workers > 0:
-        context = getattr(data, "multiprocessing_context", None)
-        method = context.get_start_method() if context is not None else "fork"
-        if method == "fork" and sys.platform.startswith("linux"):
-            raise FlaxMagicsError(
-                f"`{text}` forks {plural(data.num_workers, 'worker')}, and a fork of a process in which JAX runs may"
-                " wait for ever.",
-                hint="multiprocessing_context='forkserver' starts them otherwise",
-                edit="DataLoader(…, num_workers=0)",
-            )
+    workers = forked_workers(data)
+    if workers:
+        raise FlaxMagicsError(
+            f"`{text}` forks {plural(workers, 'worker')}, and a fork of a process in which JAX runs may wait for ever.",
+            hint="multiprocessing_context='forkserver' starts them otherwise",
+            edit="DataLoader(…, num_workers=0)",
+        )
 
 
 def check_looks(text: str, data: object, line: str) -> None:

@@ -316,8 +316,8 @@ def test_what_was_let_go_of_is_said():
     with pytest.raises(FlaxMagicsError) as error:
         session.replay(1)
     assert str(error.value) == (
-        "draw 1 of seed 0 cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
-        " 2.0 KB. With a higher limit later ones are kept.\n"
+        "draw 1 of seed 0 cannot be run again: its inputs and variables were let go of: by %flax_free --replays, or the"
+        " oldest to stay within 2.0 KB. With a higher limit later ones are kept.\n"
         "  write: %config FlaxMagics.replay_bytes = 1000000000"
     )
     assert session.replay(40).agreement == IDENTICAL
@@ -404,7 +404,7 @@ def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(k
             agreement = session.replay(run).agreement
         except FlaxMagicsError as error:
             assert limit < 10**9, str(error)
-            assert "were let go of, the oldest first" in str(error)
+            assert "were let go of: by %flax_free" in str(error)
             continue
         assert agreement.identical is not False
     assert looked_at(session) == before

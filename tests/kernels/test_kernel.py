@@ -85,3 +85,24 @@ def test_run_all_in_a_living_kernel_equals_restart_and_run_all(open_notebook, st
     living = notebook.run_all(cells)
     assert living[-1].printed == restarted
     assert "!" not in living[1].report
+
+
+@pytest.mark.smoke
+def test_what_a_failed_cell_pins_goes_and_so_it_does_by_itself_out_of_memory(notebook):
+    notebook.run(
+        "import gc\n"
+        "def alive(): gc.collect(); return {one.unsafe_buffer_pointer() for one in jax.live_arrays() if one.nbytes > 8}\n"
+        "start, held = alive(), jax.live_arrays()\n"
+        "def f(): big = jnp.ones((500, 500)).block_until_ready(); raise ValueError\n"
+        "def g(): big = jnp.ones((500, 500)).block_until_ready(); "
+        "return jax.jit(lambda x: jnp.broadcast_to(x, (1 << 44,)) + 1)(1.0)"
+    )
+    notebook.fails("f()")
+    notebook.run("jnp.ones(3) + 1")
+    assert notebook.run("print(alive() - start)").printed != "set()\n"
+    assert "  let go  the last error, with its frames    Out[" in notebook.run("%flax_free").report
+    assert notebook.run("print(alive() - start)").printed == "set()\n"
+    failed = notebook.fails("g()")
+    assert "\nfree · cpu:0 1.0 MB freed · held: " in failed.report
+    assert notebook.run("print(alive() - start)").printed == "set()\n"
+    notebook.run("del start, held, alive, f, g")
