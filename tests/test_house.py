@@ -18,7 +18,7 @@ SINCE = ("training/", "mesh/", "doctor/")
 FILES_SINCE = {
     *("base/curve.py", "report/curve.py", "report/layers.py", "state/training.py", "snapshot/training.py"),
     *("export/training.py", "export/losses.py", "export/steps.py"),
-    *("notebook/extension.py", "notebook/free.py"),
+    *("notebook/extension.py", "notebook/free.py", "compile/placement.py"),
 }
 """Files of other rooms that only keep, show or export what a loss gives, or a training; and what had to be parted since."""
 

@@ -121,6 +121,8 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
         pinned=request.entry.model.other_arrays(),
+        placement=request.placement,
+        shardings=execution.shardings,
     )
 
 

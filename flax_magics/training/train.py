@@ -18,6 +18,7 @@ from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
+from ..compile.placement import in_force
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
@@ -77,6 +78,9 @@ def train_model(
       FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
     """
     line = f"{call.command} {call.text}"
+    if in_force(state.placement) is not None:
+        message = "%flax_train does not shard its batches yet, and the session's variables lie on a mesh."
+        raise FlaxMagicsError(message, write=f"%flax_mesh off\n{line}")
     resumed = resumed_of(entry, call) if options.resume else None
     options = completed(entry, options, resumed, line)
     if not call.args:
