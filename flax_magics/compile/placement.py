@@ -92,6 +92,14 @@ class Placement(Struct, frozen=True, dict=True):
         """The sharding of so many rows: whole on each device where they cannot be cut into equal parts."""
         return self.replicated if rows % self.parts else self.batch
 
+    def of_batch(self, tree: PyTree) -> PyTree:
+        """A batch on the mesh, its rows cut where they can be; arrays that lie there stand as they are."""
+
+        def place(leaf: Leaf) -> Leaf:
+            return leaf if self.holds(leaf) else jax.device_put(leaf, self.of_rows(leaf.shape[0]))
+
+        return jax.tree_util.tree_map(place, tree)
+
     def holds(self, leaf: Leaf) -> bool:
         """Whether an array lies on the devices of the mesh, however it is cut."""
         return isinstance(leaf, jax.Array) and leaf.sharding.device_set == self._devices

@@ -406,6 +406,7 @@ KINDS = (
         "still",
         "stopped",
         "resume",
+        "mesh",
     ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
@@ -438,4 +439,5 @@ constant: another net in the call of a loss gets no gradient.
 still: the loss of a training has not moved in its last 50 steps.
 stopped: a training has ended before its last step, and the line that goes on with it.
 resume: a training goes on with other data, weights or code than it had, or with an iterable that may give other batches.
+mesh: the last batch of each epoch cannot be cut over the axis `data`.
 """

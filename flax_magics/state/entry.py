@@ -347,7 +347,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
       call: the text of the call.
       taken: the draw's `params` key had gone into variables before.
       structure: treedef of the variables that it began with; None where it initialised them.
-      pinned: as in `ApplyRecipe`.
+      pinned, placement: as in `ApplyRecipe`.
     """
 
     entry: ModelEntry
@@ -358,6 +358,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
     taken: bool
     structure: jax.tree_util.PyTreeDef | None
     pinned: tuple[Leaf, ...] = ()
+    placement: Placement | None = None
 
 
 class Origin(Struct, eq=False):

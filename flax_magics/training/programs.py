@@ -101,7 +101,10 @@ class StepPrograms:
 
     def arguments(self, batch: Batch) -> Kwargs:
         """The arguments of a step's program by name: those of the batch, or of the arrays that it is taken from."""
-        leaves = jax.tree_util.tree_leaves(self._data.tree if batch.tree is None else batch.tree)
+        tree, placement = batch.tree, self.step.placement
+        if placement is not None and not self._is_held(batch):
+            tree = placement.of_batch(tree)
+        leaves = jax.tree_util.tree_leaves(self._data.tree if tree is None else tree)
         return {**self.step.arguments.dynamic, **dict(zip(self.step.batched, leaves, strict=True))}
 
     def _begin(self, batch: Batch) -> Compiling:
@@ -112,7 +115,8 @@ class StepPrograms:
         def program(
             state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: Leaf, arguments: Kwargs
         ) -> StepResult:
-            return function(state, keys, numbers, rows, arguments)
+            result = function(state, keys, numbers, rows, arguments)
+            return result if self.step.placement is None else result._replace(state=_like(result.state, self._state))
 
         program.__name__ = program.__qualname__ = self.name
         jitted: Any = jax.jit(program)
@@ -137,6 +141,16 @@ class StepPrograms:
             return result
 
         return program
+
+
+def _like(state: TrainState, before: TrainState) -> TrainState:
+    """The state of a step laid out as that before it: XLA is free to cut what it gives, and the next step takes it."""
+
+    def constrain(leaf: Leaf, was: Leaf) -> Leaf:
+        return jax.lax.with_sharding_constraint(leaf, was.sharding) if isinstance(was, jax.Array) else leaf
+
+    laid_out: TrainState = jax.tree_util.tree_map(constrain, state, before)
+    return laid_out
 
 
 def _numbers(first: int, batch: Batch) -> Any:

@@ -18,12 +18,12 @@ from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
-from ..compile.placement import in_force
+from ..compile.placement import DATA, Placement, in_force
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
-from ..execution.call import Call, initialising, prepare_init, request_of
-from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
+from ..execution.call import Call, initialising, prepare_init
+from ..execution.execute import RunVariables, held_variables, placed, plain_errors, wanted_of, with_added
 from ..models.base import MissingVariables
 from ..run import Note, Run
 from ..state.entry import ModelEntry
@@ -78,9 +78,6 @@ def train_model(
       FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
     """
     line = f"{call.command} {call.text}"
-    if in_force(state.placement) is not None:
-        message = "%flax_train does not shard its batches yet, and the session's variables lie on a mesh."
-        raise FlaxMagicsError(message, write=f"%flax_mesh off\n{line}")
     resumed = resumed_of(entry, call) if options.resume else None
     options = completed(entry, options, resumed, line)
     if not call.args:
@@ -92,7 +89,10 @@ def train_model(
         training_data.check_looks(options.eval_text, options.eval, line)
     begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
     most = None if options.steps is None else max(1, options.steps - finished)
-    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most)) as data:
+    placement = in_force(state.placement)
+    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most, placement=placement)) as data:
+        if placement is not None:
+            training_data.check_divides(text, data, options.batch, placement, line)
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
         with plain_errors(of_batch), leaks_told(loss.name):
@@ -173,7 +173,7 @@ class Trainer:
                 variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
-            request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
+            request = wanted_of(self.request, variables.entry, variables.values)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
             try:
                 self.traced: TracedCall[None] = trace_call(request)
@@ -191,6 +191,7 @@ class Trainer:
             arguments,
             arguments.names[: len(jax.tree_util.tree_leaves(self.data.first))],
             self.draw.impl,
+            placement=self.request.placement,
         )
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
@@ -203,6 +204,9 @@ class Trainer:
             if optimizer.text not in command:  # it was not written in a line
                 command = f"%flax_train --resume --optimizer {optimizer.text}"
             opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
+        placement = self.request.placement
+        if placement is not None:
+            opt_state = placement.of_variables(opt_state, self.loss.model.annotations(), before=placement)
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
@@ -230,6 +234,8 @@ class Trainer:
             batch=options.batch,
         )
         beginning = started(values, opt_state)
+        if placement is not None:
+            beginning = beginning._replace(alive=jax.device_put(beginning.alive, placement.replicated))
         self.programs = StepPrograms(
             self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
@@ -259,7 +265,8 @@ class Trainer:
         values, record = init.finish()
         source = WeightSource.initialised(self.draw, values)
         entry = entry.with_variables(values, source, replace(record, method=self.ready.loss.function))
-        return RunVariables(entry, values, made_of(values), 0.0, source.describe(self.draw.seed), taken=True)
+        text = source.describe(self.draw.seed)
+        return placed(request, RunVariables(entry, values, made_of(values), 0.0, text, taken=True))
 
     def _notes(self) -> tuple[Note, ...]:
         """The sharp bits that are known before the first step."""
@@ -282,6 +289,7 @@ class Trainer:
         if self.resumed is not None:
             remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
             remarks += (Note("resume", change) for change in self.record.changes)
+        remarks += notes_of_last(self.data, self.options.batch, self.request.placement)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -422,3 +430,14 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
+
+
+def notes_of_last(data: Data, batch: int | None, placement: Placement | None) -> tuple[Note, ...]:
+    """A note where the last, shorter batch of an epoch cannot be cut into equal parts."""
+    if placement is None or batch is None or not isinstance(data, ArrayData):
+        return ()
+    rows = data.size % batch
+    if not rows % placement.parts:
+        return ()
+    has = f"the last batch of each epoch has {plural(rows, 'row')}"
+    return (Note("mesh", f"{has}, which {DATA}={placement.parts} does not divide: it is whole on each device"),)
