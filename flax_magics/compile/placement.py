@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import is_key, weakly_typed
-from ..base.measures import name_devices
+from ..base.digest import is_gone, is_key, weakly_typed
+from ..base.measures import Lies, MeshUse, name_devices
 from ..base.private import is_in_mesh
 from ..base.text import plural
 from ..base.types import Leaf, PyTree
@@ -58,6 +58,16 @@ class Placement(Struct, frozen=True, dict=True):
     def axes(self) -> str:
         """The mesh as it is written on the command's line: `data=4,model=2`."""
         return ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+
+    @property
+    def shape(self) -> tuple[tuple[str, int], ...]:
+        """Its axes with their sizes."""
+        return tuple(self.mesh.shape.items())
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of its devices, the last axis running fastest."""
+        return tuple(f"{device.platform}:{device.id}" for device in self.mesh.devices.flat)
 
     @property
     def where(self) -> str:
@@ -208,6 +218,18 @@ class Placement(Struct, frozen=True, dict=True):
         """Lets go of the copies of the user's arrays."""
         self._recent.clear()
 
+    def use(self, inputs: PyTree, variables: PyTree, output: PyTree, text: Callable[[], str | None]) -> MeshUse:
+        """What a run made of the mesh.
+
+        Args:
+          inputs: by name.
+          text: gives the compiled program as XLA writes it.
+        """
+        arguments = [lies for name, leaf in inputs.items() for lies in where_lies(leaf, name)]
+        return MeshUse(
+            self.shape, self.devices, tuple(arguments), tuple(where_lies(variables)), tuple(where_lies(output)), text
+        )
+
     def _undivided(self, name: str, leaf: Leaf, line: Line) -> FlaxMagicsError:
         """The error for a leading axis that cannot be cut into equal parts."""
         rows, parts = leaf.shape[0], self.parts
@@ -239,6 +261,24 @@ class Placement(Struct, frozen=True, dict=True):
 
 Shardings: TypeAlias = Mapping[str, NamedSharding]
 """Argument leaf → its sharding."""
+
+
+def where_lies(tree: PyTree, name: str = "") -> Iterator[Lies]:
+    """How the arrays of a tree are cut, with the bytes on each device: one for each way."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree_util.tree_leaves(tree):
+        if not isinstance(leaf, jax.Array) or is_gone(leaf):
+            continue
+        sharding, shape = leaf.sharding, leaf.shape
+        spec = [entry for entry in getattr(sharding, "spec", ()) if entry is not None]
+        axes = [name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))]
+        how = "whole on each" if sharding.is_fully_replicated else f"cut over {' and '.join(map(str, axes))}"
+        if len(sharding.device_set) == 1:
+            how = f"on {name_devices(sharding.device_set)}"
+        itemsize = (jax.random.key_data(leaf).nbytes if is_key(leaf) else leaf.nbytes) // max(1, leaf.size)
+        size = int(np.prod(sharding.shard_shape(shape), dtype=int)) * itemsize
+        sizes[how] = sizes.get(how, 0) + size
+    return (Lies(name, how, size) for how, size in sizes.items())
 
 
 def in_force(placement: Placement | None) -> Placement | None:

@@ -42,6 +42,12 @@ class StepPrograms:
         self._started: dict[object, Compiling] = {}
         self.origin, self.timing = "", Timing()
         self._has_effects = False
+        self._first: Any = None
+
+    @property
+    def text(self) -> str | None:
+        """The first program of one step as XLA writes it, None before there is one."""
+        return None if self._first is None else str(self._first.as_text() or "")
 
     def of(self, batch: Batch) -> StepProgram:
         """The program for a batch, found or compiled."""
@@ -52,6 +58,7 @@ class StepPrograms:
             executable, origin, timing = self._services.programs.finish_compiling(compiling, self._phase)
             self.timing = replace(self.timing, compile=self.timing.compile + timing.compile)
             self.origin = self.origin or origin
+            self._first = self._first or executable
             program = self._programs[shapes] = self._bound(executable, batch)
             self._services.on_phase(f"training {self.name}")
         return program

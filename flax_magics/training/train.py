@@ -13,7 +13,7 @@ from flax.core import unfreeze
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
-from ..base.measures import Timing
+from ..base.measures import MeshUse, Timing
 from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
@@ -417,11 +417,20 @@ class Trainer:
             program=programs.origin,
             timing=timing,
             final=final,
+            mesh=self._mesh(final=final),
         )
         self._has_committed = True
         self.commit(progress)
         self.services.seen.went_into(self.draw, self.keys_in_call.values())
         return progress.run
+
+    def _mesh(self, *, final: bool) -> MeshUse | None:
+        """What the steps make of the session's mesh; at the end with what they send between devices."""
+        placement, inputs = self.request.placement, self.traced.request.arguments.dynamic
+        if placement is None:
+            return None
+        sent = self.programs.text if final else None
+        return placement.use(inputs, self.loop.state.variables, (), lambda: sent)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
