@@ -95,7 +95,7 @@ class MeshUse(Struct, frozen=True, dict=True, eq=False):
     def to_json(self) -> dict[str, object]:
         """Its axes, devices, and where things live, as JSON data."""
         lies = {name: [asdict(one) for one in getattr(self, name)] for name in ("inputs", "variables", "output")}
-        return {"axes": dict(self.axes), "devices": list(self.devices), **lies}
+        return {"axes": [list(axis) for axis in self.axes], "devices": list(self.devices), **lies}
 
 
 _COLLECTIVE = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..base.text import bytes_, table
+from ..base.text import bytes_
 from ..base.types import PyTree
 from ..compile.placement import DATA, Placement, where_lies
 from ..report.html import render, shown_bundle
-from ..report.mesh import drawing
+from ..report.mesh import drawing, lines
 from ..report.text import Notice, notice_text
 
 NONE = Notice("mesh", ("none: runs are on one device",))
@@ -27,12 +27,10 @@ def notice(placement: Placement | None) -> Notice:
 
 
 def cells(placement: Placement | None, models: Mapping[str, PyTree]) -> list[tuple[str, ...]]:
-    """The mesh for `%flax`: how it is written, its devices, and where the variables of each model live."""
+    """The mesh for `%flax`: how it is written, and where the variables of each model live."""
     if placement is None:
         return []
-    rows = [(placement.axes, placement.where)]
-    if placement.mesh.size > 1:
-        rows = [*rows, *drawing(placement.shape, placement.devices)]
+    rows: list[tuple[str, ...]] = [(placement.axes, placement.where)]
     for name, variables in models.items():
         rows += [(name, f"{one.how}, {bytes_(one.bytes)} a device") for one in where_lies(variables)]
     return rows
@@ -41,6 +39,11 @@ def cells(placement: Placement | None, models: Mapping[str, PyTree]) -> list[tup
 def mesh_bundle(placement: Placement | None, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax_mesh`: the line, and beneath it the devices."""
     line = notice(placement)
-    rows = [] if placement is None or placement.mesh.size == 1 else drawing(placement.shape, placement.devices)
-    text = [notice_text(line), *table(rows, indent="  ", gap="  ")]
+    if placement is None or placement.mesh.size == 1:
+        rows, text = [], [notice_text(line)]
+    else:
+        rows, text = (
+            drawing(placement.shape, placement.devices),
+            [notice_text(line), *lines(placement.shape, placement.devices, "  ")],
+        )
     return shown_bundle("\n".join(text), lambda: render("mesh.html", {"texts": line.texts, "rows": rows}), style)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..base.text import bytes_, clean, table
+from ..base.text import bytes_, cell_len, clean, width
 from .facts import Row
 
 if TYPE_CHECKING:
@@ -47,6 +47,14 @@ def _lies(parts: Sequence[Lies]) -> tuple[str, ...]:
     return (*shown, f"and {len(parts) - 8} more") if len(parts) > 8 else shown
 
 
-def lines(use: MeshUse) -> list[str]:
-    """The drawing as text."""
-    return table(drawing(use.axes, use.devices), indent="    ", gap="  ")
+def lines(axes: Sequence[tuple[str, int]], devices: Sequence[str], indent: str) -> list[str]:
+    """The drawing as text: what is too wide goes on below."""
+    labels, cells = zip(*((row[0], row[1:]) for row in drawing(axes, devices)), strict=True)
+    first, each = (max(map(cell_len, texts), default=0) for texts in (labels, [cell for row in cells for cell in row]))
+    many = max(1, (width() - len(indent) - first) // (each + 2))
+    parts = []
+    for begin in range(0, max(map(len, cells)), many):
+        for label, row in zip(labels, cells, strict=True):
+            shown = "".join(f"  {cell:{each}}" for cell in row[begin : begin + many])
+            parts.append(f"{indent}{label:{first}}{shown}".rstrip())
+    return parts

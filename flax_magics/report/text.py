@@ -100,7 +100,11 @@ def details(run: Run) -> str:
         rows += [Row(label, items[label]), Row("", below.get(label, ()))]
     lines = [*head(run), *columns(rows, tables=("keys",)), *tables_of(run)]
     if run.mesh is not None:
-        lines += [f"  mesh {clean(run.mesh.name)}", *mesh.lines(run.mesh), *columns(mesh.rows(run.mesh))]
+        lines += [
+            f"  mesh {clean(run.mesh.name)}",
+            *mesh.lines(run.mesh.axes, run.mesh.devices, "    "),
+            *columns(mesh.rows(run.mesh)),
+        ]
     code = clean_lines(run.by_hand)
     if code:
         lines.append("  by hand")

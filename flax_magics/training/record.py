@@ -131,6 +131,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
             changes=self.changes,
             code=self.code,
             position=position,
+            mesh="" if request.placement is None else request.placement.axes,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in loss.written(self.traced.trace)}

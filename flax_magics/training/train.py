@@ -42,7 +42,7 @@ from .loss import Loss
 from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
-from .resumption import changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
+from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
 from .step import Step
 
 STILL = 50
@@ -139,6 +139,7 @@ class Trainer:
             changes = (
                 *map(clean, resumed.changes),
                 *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+                *change_of_mesh(resumed, self.request.placement),
             )
         bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
         self.record = TrainingRecord(
