@@ -111,8 +111,10 @@ class Placement(Struct, frozen=True, dict=True):
         return jax.tree_util.tree_map(place, tree)
 
     def holds(self, leaf: Leaf) -> bool:
-        """Whether an array lies on the devices of the mesh, however it is cut."""
-        return isinstance(leaf, jax.Array) and leaf.sharding.device_set == self._devices
+        """Whether an array lies on the mesh, however it is cut. Another mesh of the same devices is another one."""
+        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != self._devices:
+            return False
+        return not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh == self.mesh
 
     # -- variables
 
@@ -244,9 +246,12 @@ class Placement(Struct, frozen=True, dict=True):
 
     def _of_other_devices(self, name: str, leaf: Leaf, line: Line) -> FlaxMagicsError:
         """The error for an array that the user has put on other devices."""
+        where, mesh = name_devices(leaf.sharding.device_set), getattr(leaf.sharding, "mesh", None)
+        its = Placement(mesh).axes if isinstance(mesh, Mesh) else ""
         return FlaxMagicsError(
-            f"`{name}` lies on {name_devices(leaf.sharding.device_set)}, and the session's mesh on {self.where}: one"
-            " program runs on one set of devices.",
+            f"`{name}` lies on {where}{f' as {its}' if its else ''}, and the session's mesh is {self.axes} on"
+            f" {self.where}: one program has one mesh.",
+            hint=f"%flax_mesh {its} makes its mesh the session's" if its and where == self.where else None,
             **self._moved(name, line, "replicated" if leaf.shape[0] % self.parts else "batch"),
         )
 
