@@ -351,6 +351,15 @@ def _names_of(box: Any) -> Names | None:
     return None if names is None else tuple(names)
 
 
+def names_in_tree(tree: PyTree) -> set[str]:
+    """The axes that linen's boxes in a tree name."""
+    boxes = filter(_is_box, jax.tree_util.tree_leaves(tree, is_leaf=_is_box))
+    entries = (entry for box in boxes for entry in _names_of(box) or ())
+    return {
+        str(name) for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None
+    }
+
+
 def _in_modules(arguments: Arguments) -> set[int]:
     """The numbers of the leaves that NNX modules hold."""
     modules = nnx_modules()

@@ -16,7 +16,7 @@ from ..compile.placement import Placement, of_devices, on_one_device
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.surroundings import stand_outside
-from .axes import as_text, check, read
+from ..line.axes import as_text, check, read
 
 if TYPE_CHECKING:
     from ..base.types import PyTree

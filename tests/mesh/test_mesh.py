@@ -11,7 +11,7 @@ from sessions import session_of
 
 from flax_magics import FlaxMagicsError
 from flax_magics.base.measures import collectives_in
-from flax_magics.mesh.axes import read
+from flax_magics.line.axes import read
 
 HEAD = f"""
     import sys
