@@ -189,7 +189,7 @@ class Placement(Struct, frozen=True, dict=True):
         for place, (name, leaf, traced) in enumerate(arguments.rows):
             if not traced or not getattr(leaf, "shape", ()):
                 continue
-            if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 and not self.holds(leaf):
+            if _is_laid_out(leaf) and not self.holds(leaf):
                 raise self._of_other_devices(name, leaf, line)
             is_batch = place not in held and not _may_be_key(leaf) and (in_batch is None or place < in_batch)
             if is_batch and not self.holds(leaf) and leaf.shape[0] % self.parts:
@@ -306,6 +306,11 @@ def on_one_device(tree: PyTree, placement: Placement) -> PyTree:
         return weakly_typed(array) if leaf.weak_type else jnp.asarray(array)
 
     return jax.tree_util.tree_map(back, tree)
+
+
+def _is_laid_out(leaf: Leaf) -> bool:
+    """Whether the user has laid an array out over several devices."""
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
 
 def _lies_on(leaf: Leaf, mesh: Mesh) -> bool:
