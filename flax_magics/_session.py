@@ -32,6 +32,7 @@ from .execution.surroundings import stand_outside
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
+from .mesh.methods import MeshMethods
 from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
@@ -53,11 +54,10 @@ if TYPE_CHECKING:
 FileName = str | os.PathLike[str]
 
 _init = by_kind(init_model, rebuild)
-
 show_as(FACE)
 
 
-class Session(SessionView, LossMethods, HealthMethods):
+class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
     """Registered models, one root key, and the runs that split it. Needs no IPython.
 
     Every `apply` is one draw, `root, params, dropout = jax.random.split(root, 3)`, committed once the run has

@@ -11,7 +11,7 @@ from msgspec.structs import asdict, replace
 
 from .base.curve import Curve, Evaluation
 from .base.digest import all_words, describe, is_gone
-from .base.measures import Cost, LayerGradient, Limits, Memory, Timing, environment
+from .base.measures import Cost, LayerGradient, Limits, Memory, MeshUse, Timing, environment
 from .base.output import Agreement, OutputFacts, Spread, Values, sample_of, spread_of, values_of
 from .base.types import HostArray, Leaf, PyTree
 from .errors import advice
@@ -175,6 +175,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
       layers: for gradients, those of each module.
+      mesh: what it made of the session's mesh; None without one.
       trained: for a training, what its finished steps have given so far.
     """
 
@@ -216,6 +217,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     agreement: Agreement | None = None
     layers: tuple[LayerGradient, ...] = ()
     trained: Curve | None = None
+    mesh: MeshUse | None = None
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
     spelling: ExportFacts | None = None
     """For an apply and an init: the facts from which an export writes the run as plain Flax."""
@@ -314,6 +316,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
             **recorded(self),
             **{name: getattr(self, name) for name in ("switch", "program", "reason", "cell", "by_hand")},
             **({} if self.trained is None else {"trained": self.trained.to_json()}),
+            **({} if self.mesh is None else {"mesh": self.mesh.to_json()}),
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
             "dropped": list(self.dropped),

@@ -23,9 +23,11 @@ from advice import SITES, Follower, Recorder, Scenario, site_of
 from flax import configurations
 
 from flax_magics.base.measures import Limits
-from flax_magics.execution import execute
+from flax_magics.compile import placement
+from flax_magics.execution import apply, execute
 from flax_magics.line.commands import COMMANDS
 from flax_magics.snapshot import format
+from flax_magics.training import grad, train
 from flax_magics.verify import command, notebooks
 
 NET = """%%flaxmodel net = Net(2)
@@ -40,6 +42,9 @@ EXPLICIT = """from jax.sharding import AxisType, NamedSharding, PartitionSpec
 mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Explicit,))
 x = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
 """
+
+
+OTHER_MESH = EXPLICIT.replace("'data',", "'z',").replace("('data')", "('z')").replace("Explicit", "Auto")
 
 
 def model(call: str, body: str, made: str = "") -> str:
@@ -285,6 +290,22 @@ def only_in_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "set_mesh", set_mesh)
 
 
+def in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One device stands for two: arrays that are not on the mesh already have to be cut into so many parts."""
+
+    def laid_out(leaf: Any) -> bool:
+        return isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
+
+    def holds(self: Any, leaf: Any) -> bool:
+        return laid_out(leaf) and leaf.sharding.mesh == self.mesh
+
+    monkeypatch.setattr(placement.Placement, "parts", 2)
+    monkeypatch.setattr(placement.Placement, "holds", holds)
+    monkeypatch.setattr(placement, "_is_laid_out", laid_out)
+    for module in (apply, grad, train):
+        monkeypatch.setattr(module, "in_force", lambda placement: placement)
+
+
 COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
 ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
 RUN_CELL, UNKNOWN = "notebook.run_cell.run_statements_with_call", "notebook.command._unknown"
@@ -486,6 +507,19 @@ SCENARIOS = [
     Scenario("training.grad.of_switch", "%flax_grad loss(net, x)", (FORGOTTEN, SUM),
              edit=lambda cell, advice: advice.replace("batch", "x").replace("… net(…", "return net(x") + ".sum()"),
     Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
+    # -- a mesh
+    Scenario("line.axes.read", "%flax_mesh data"),
+    Scenario("line.axes.read", "%flax_mesh data=1,data=1"),
+    Scenario("line.axes.check", "%flax_mesh data=0"),
+    Scenario("line.axes.check", "%flax_mesh data=-1,model=-1"),
+    Scenario("compile.placement.of_devices", "%flax_mesh data=64"),
+    Scenario("compile.placement._undivided", "%flax_apply net(x)", (NET, "%flax_mesh data=1"), patch=in_two_parts),
+    Scenario("compile.placement._of_other_devices", "%flax_apply net(x)", (NET, OTHER_MESH, "%flax_mesh data=1"),
+             patch=in_two_parts),
+    Scenario("training.data.check_divides", f"{TRAIN} --steps 2 loss(net, x[:1])",
+             (NET, SUM, OPTAX, "%flax_mesh data=1"), patch=in_two_parts),
+    Scenario("training.data.check_divides", f"{TRAIN} --steps 2 loss(net, x)", (NET, SUM, OPTAX, "%flax_mesh data=1"),
+             patch=in_two_parts),
     # -- trainings
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
     Scenario("training.data.check_looks", f"{TRAIN} --steps 2 --eval iter([x]) loss(net, x)", (NET, SUM, OPTAX), ("[x]",)),

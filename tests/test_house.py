@@ -18,7 +18,14 @@ SINCE = ("training/", "mesh/", "doctor/")
 FILES_SINCE = {
     *("base/curve.py", "report/curve.py", "report/layers.py", "state/training.py", "snapshot/training.py"),
     *("export/training.py", "export/losses.py", "export/steps.py"),
-    *("notebook/extension.py", "notebook/free.py"),
+    *(
+        "notebook/extension.py",
+        "notebook/free.py",
+        "compile/placement.py",
+        "line/axes.py",
+        "report/mesh.py",
+        "export/mesh.py",
+    ),
 }
 """Files of other rooms that only keep, show or export what a loss gives, or a training; and what had to be parted since."""
 

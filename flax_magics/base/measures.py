@@ -8,17 +8,19 @@ import contextlib
 import copy
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
-from collections.abc import Collection, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxlib import version as jaxlib_version
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from .text import bytes_, flops, seconds
 from .types import PyTree
@@ -49,6 +51,74 @@ class LayerGradient(Struct, frozen=True):
         """The gradient by the parameters of all `parts` together, under `path` and with the class `of`."""
         sums = {name: sum(getattr(part, name) for part in parts) for name in cls.__struct_fields__[2:]}
         return cls(path, of, **sums)
+
+
+class Lies(Struct, frozen=True, forbid_unknown_fields=True):
+    """How arrays are cut over the devices of a mesh, such as `cut over data`, and their bytes on each device."""
+
+    name: str
+    how: str
+    bytes: int
+
+
+class MeshUse(Struct, frozen=True, dict=True, eq=False):
+    """What a run made of a mesh.
+
+    Attributes:
+      axes: of the mesh, with their sizes.
+      devices: their names, the last axis running fastest.
+      inputs, variables, output: where these live.
+      text: gives the compiled program as XLA writes it; None where it is gone.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+    devices: tuple[str, ...]
+    inputs: tuple[Lies, ...]
+    variables: tuple[Lies, ...]
+    output: tuple[Lies, ...]
+    text: Callable[[], str | None]
+
+    def __repr__(self) -> str:
+        return f"<MeshUse: {self.name}>"
+
+    @property
+    def name(self) -> str:
+        """Its axes as a line has them: `data=4,model=2`."""
+        return ",".join(f"{name}={size}" for name, size in self.axes)
+
+    @cached_property
+    def collectives(self) -> tuple[tuple[str, int, int], ...] | None:
+        """(kind, how many, bytes of their results on a device) of what the program sends between devices; None: unknown."""
+        text = self.text()
+        return None if text is None else collectives_in(text)
+
+    def to_json(self) -> dict[str, object]:
+        """Its axes, devices, and where things live, as JSON data."""
+        lies = {name: [asdict(one) for one in getattr(self, name)] for name in ("inputs", "variables", "output")}
+        return {"axes": [list(axis) for axis in self.axes], "devices": list(self.devices), **lies}
+
+
+_COLLECTIVE = (
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+    r"|ragged-all-to-all)(?:-start)?\("
+)
+_ARRAY = r"([a-z]+)([0-9]*)\w*\[([0-9,]*)\]"
+"""An operation of a compiled program that sends between devices: its result's shapes, and its kind; and one such shape."""
+
+
+def collectives_in(text: str) -> tuple[tuple[str, int, int], ...]:
+    """(kind, how many, bytes of their results on a device) of a compiled program as XLA writes it."""
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind in re.findall(_COLLECTIVE, text):
+        times, size = found.get(kind, (0, 0))
+        found[kind] = times + 1, size + sum(_bytes_of(*shape) for shape in re.findall(_ARRAY, shapes))
+    return tuple((kind, *numbers) for kind, numbers in sorted(found.items()))
+
+
+def _bytes_of(kind: str, bits: str, shape: str) -> int:
+    """The bytes of an array as XLA writes it: `f32[4,8]`, `pred[]`."""
+    elements = math.prod(int(size) for size in shape.split(",") if size)
+    return elements * max(1, int(bits or 8) // 8)
 
 
 class Steady(Struct, frozen=True, forbid_unknown_fields=True):

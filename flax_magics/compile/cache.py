@@ -399,7 +399,7 @@ def call_key(request: TraceRequest) -> Hashable | None:
     # A part that cannot be told now may be another at the next call without anyone noticing.
     if None in (model, static, passed.contents, variables.contents) or any(isinstance(s, Unknown) for s in state[1]):
         return None
-    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed)
+    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed, request.placement)
     draw = (request.draw.impl, request.draw.size)
     types = (tuple(map(signature_of, arguments.dynamic.values())), tuple(map(signature_of, leaves)))
     trees = (passed, arguments.traced, variables)

@@ -22,6 +22,7 @@ from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
 from .cache import KEPT, BuiltProgram, LastCall, LeafSpec, ProgramCache, ProgramSpec
 from .compiler import jax_settings, settings_in_words
+from .placement import Placement
 from .trace import TraceRequest
 
 REMEMBERED = 16
@@ -62,6 +63,7 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
         "--mutable": ", ".join(sorted(request.mutable)),
         "--samples": "" if request.draw.size is None else str(request.draw.size),
         "--key": ", ".join(sorted(request.keyed)),
+        "%flax_mesh": "" if request.placement is None else request.placement.axes,
     }
     return ProgramSpec(
         key=key,
@@ -71,7 +73,8 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
         inventory=inventory(model.module),
         arguments={name: _leaf_spec(leaf, traced) for name, leaf, traced in arguments.rows},
         structures=dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
-        variables={_variable(path): _leaf_spec(leaf, True) for path, leaf in leaves},
+        # Where a mesh is used, that it is tells it all.
+        variables={_variable(path): _leaf_spec(leaf, True, on=request.placement) for path, leaf in leaves},
         held=Structure.of(held),
         static={
             name: values(static_fields(part, name)) for name, part in zip(arguments.parameters, parts, strict=True)
@@ -301,15 +304,15 @@ def _kind(leaf: Leaf, traced: bool) -> str:
     return "static" if not traced else "array" if hasattr(leaf, "dtype") else "number"
 
 
-def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
-    """The LeafSpec of an argument leaf or variable."""
+def _leaf_spec(leaf: Leaf, traced: bool, on: Placement | None = None) -> LeafSpec:
+    """The LeafSpec of an argument leaf or variable; without its place, if it lies on the mesh of the session."""
     kind = _kind(leaf, traced)
     if kind == "static":
         return LeafSpec(kind, describe(leaf))
     if kind == "number":
         return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
     where, sharding = "", None
-    if getattr(leaf, "committed", False):
+    if getattr(leaf, "committed", False) and not (on is not None and on.holds(leaf)):
         sharding = leaf.sharding
         devices, spec = sharding.device_set, getattr(sharding, "spec", None)
         where = name_devices(devices)

@@ -23,6 +23,7 @@ from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs,
 from ..models.calls import Arguments, Calls, Function, Kwargs, Path
 from ..rng.keys import THREEFRY, Draw, DrawBatch, Words
 from .jaxpr import Atom, Equation
+from .placement import Placement, Shardings
 
 P = TypeVar("P")
 Traced: TypeAlias = Any
@@ -57,6 +58,10 @@ class TraceRequest(Struct, frozen=True):
     guess: Needs = Needs()
     noted: bool = False
     """Record the calls of submodules, for a summary."""
+    placement: Placement | None = None
+    """The mesh that variables and arguments lie on, by which what the model writes is laid out."""
+    shardings: Shardings = {}
+    """How the arguments were laid out on it, by name."""
 
 
 Find: TypeAlias = Callable[[TraceRequest], P | None]
@@ -228,7 +233,11 @@ def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
 
     def program(variables: Variables, keys: Mapping[str, jax.Array], arguments: Kwargs) -> PyTree:
         typed = {name: jax.random.wrap_key_data(words, impl=impl) for name, words in keys.items()}
-        return _without_objects(run(variables, typed, arguments), record)
+        output, updates = _without_objects(run(variables, typed, arguments), record)
+        if request.placement is not None and request.draw.size is None:
+            # XLA is free to cut what it gives: the next run would be another program's.
+            updates = request.placement.constrain(updates, request.model.annotations())
+        return output, updates
 
     program.__name__ = program.__qualname__ = request.name
     program.__code__ = program.__code__.replace(co_filename=PROGRAM_FILE, co_firstlineno=1, co_name=request.name)
@@ -349,7 +358,7 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
     elif name == "cond":  # only if all branches forward the same input, which comes after the index
         branches = zip(*(forwarded(_open(branch)) for branch in params["branches"]), strict=True)
         return tuple(1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in branches)
-    elif name == "optimization_barrier":
+    elif name in ("optimization_barrier", "sharding_constraint"):
         return tuple(range(len(equation.invars)))
     elif name == "broadcast_in_dim" and repeated:
         shape = equation.invars[0].aval.shape

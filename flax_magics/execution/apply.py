@@ -18,6 +18,7 @@ from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.limits import devices_in, with_peak
+from ..compile.placement import in_force
 from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
@@ -71,7 +72,10 @@ def apply_model(
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
     others = next((note.write or note.form for note in said if note.kind == "weights"), None)
-    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
+    placement = in_force(state.placement)
+    execution = execute(
+        ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others, placement=placement)
+    )
     result, variables, bound = execution.result, execution.variables, execution.request.bound
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
@@ -115,6 +119,14 @@ def apply_model(
             if options.keeps:
                 commit.make()
             users_model.become(new_model)
+
+    elif variables.moved:
+        module = after.nnx.model
+
+        def write() -> None:
+            module.assign(variables.values)
+            if options.keeps:
+                commit.make()
 
     recipe = recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
@@ -184,6 +196,8 @@ def apply_again(
     Args:
       caller: the frame that calls; see `surroundings`.
     """
+    if last.recipe.placement is not state.placement:
+        return None
     started, programs, plan = time.time(), services.programs, last.plan
     program, inputs = plan.program, last.inputs(entry, call, programs)
     if inputs is None or program is None:

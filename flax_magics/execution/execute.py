@@ -20,6 +20,8 @@ from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
+from ..compile.placement import Placement, Shardings
+from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
 from ..models.base import ARGUMENTS, ForeignOutput, MissingVariables, Variables
@@ -43,6 +45,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
       entry: the model as it is before the run.
       params_taken: an init has used this draw's `params` key already.
       others: the line that gives the model other weights, which a name of the notebook holds; None where none does.
+      placement: the mesh to run on; None for where the arrays are.
     """
 
     entry: ModelEntry
@@ -52,6 +55,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     services: Services
     params_taken: bool
     others: str | None = None
+    placement: Placement | None = None
 
     @cached_property
     def bound(self) -> BoundCall:
@@ -63,6 +67,11 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     def op_by_op(self) -> bool:
         """Whether to run without compiling: with `--eager`, or under `jax.disable_jit`."""
         return self.options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
+
+    @property
+    def of_loss(self) -> bool:
+        """Whether it is the call of a loss, whose first argument alone is a batch."""
+        return hasattr(self.entry.model, "graded")
 
     @property
     def line(self) -> Line:
@@ -79,6 +88,7 @@ class RunVariables(Struct, frozen=True):
       seconds: how long that took.
       weights: where the variables came from, in words.
       taken: the draw's `params` key went into variables, so the run's own stream `params` must have another key.
+      moved: they lie on a mesh now, and the module that holds them itself is to hold these.
     """
 
     entry: ModelEntry
@@ -87,6 +97,7 @@ class RunVariables(Struct, frozen=True):
     seconds: float = 0.0
     weights: str = ""
     taken: bool = False
+    moved: bool = False
 
 
 class Execution(Struct, frozen=True):
@@ -98,6 +109,7 @@ class Execution(Struct, frozen=True):
     built: BuiltProgram
     result: RunResult
     limits: Limits | None
+    shardings: Shardings = {}
 
     @property
     def arguments(self) -> Arguments:
@@ -144,7 +156,8 @@ def execute(request: ApplyRequest) -> Execution:
     if draw.size is not None:
         _check_samples(request, draw.size, result)
     reached = _limits(result, built, services) if options.roofline else None
-    return Execution(request, variables, plan, built, result, reached)
+    shardings = built.request.shardings
+    return Execution(request, variables, plan, built, result, reached, shardings)
 
 
 def held_variables(request: ApplyRequest) -> RunVariables | None:
@@ -163,14 +176,32 @@ def held_variables(request: ApplyRequest) -> RunVariables | None:
         line = Written(f"{options.line.replace('…', '{}')} {call.text}")
         values = entry.read_given(options.variables, line)
         check_alive(f"these variables of `{entry.name}`", values)
-        return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=request.params_taken)
+        return placed(request, RunVariables(entry, values, weights=FOR_THIS_RUN, taken=request.params_taken))
     if held is None:
         return None
     entry.check_alive(call.text, request.others)
     source = entry.source_now()
     entry = entry if source is entry.source else replace(entry, source=source)
     weights = "" if source is None else source.describe(request.draw.first.seed)
-    return RunVariables(entry, held, weights=weights, taken=request.params_taken or "params" in options.key)
+    taken = request.params_taken or "params" in options.key
+    return placed(request, RunVariables(entry, held, weights=weights, taken=taken))
+
+
+def placed(request: ApplyRequest, variables: RunVariables) -> RunVariables:
+    """The variables on the mesh of the run, where there is one, and the entry that holds them there from now on."""
+    if request.placement is None:
+        return variables
+    values = request.placement.of_variables(variables.values, variables.entry.model.annotations())
+    leaves = zip(*map(jax.tree_util.tree_leaves, (values, variables.values)), strict=True)
+    if all(after is before for after, before in leaves):
+        return variables
+    if request.options.variables is not None:
+        return replace(variables, values=values)
+    entry = variables.entry
+    source = entry.source and entry.source.over(values, in_module=entry.model.api == "nnx")
+    entry, moved = replace(entry, source=source), entry.variables is None
+    entry = entry if moved else replace(entry, variables=values)
+    return replace(variables, entry=entry, values=values, moved=moved)
 
 
 def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | None]:
@@ -191,7 +222,7 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
         init.begin()
         # With variables missing, the program is made once they were added.
         with contextlib.suppress(MissingVariables):
-            wanted = request_of(entry, request.bound, draw, init.expected, request.options)
+            wanted = wanted_of(request, entry, init.expected)
             program = begin_program(wanted, services, since)
         # What is left to wait for from here on counts as init.
         if isinstance(program, PendingProgram):
@@ -203,8 +234,8 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     seconds = services.clock() - since
     source = WeightSource.initialised(draw.first, values)
     entry, weights = entry.with_variables(values, source, record), source.describe(draw.first.seed)
-    variables = RunVariables(entry, values, made_of(values), seconds, weights, taken=True)
-    return variables, None if program is None else finish_program(program, services, values)
+    variables = placed(request, RunVariables(entry, values, made_of(values), seconds, weights, taken=True))
+    return variables, None if program is None else finish_program(program, services, variables.values)
 
 
 def with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
@@ -225,7 +256,20 @@ def with_added(request: ApplyRequest, variables: RunVariables, error: MissingVar
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
     entry = replace(entry, variables=values, source=entry.source and entry.source.over(values))
-    return replace(variables, entry=entry, values=values, made=made_of(added, added=True), seconds=seconds, taken=True)
+    made = made_of(added, added=True)
+    return placed(request, replace(variables, entry=entry, values=values, made=made, seconds=seconds, taken=True))
+
+
+def wanted_of(request: ApplyRequest, entry: ModelEntry, variables: Variables) -> TraceRequest:
+    """The request to trace the call, its arguments and variables, which may be shapes, on the mesh of the run."""
+    bound, placement = request.bound, request.placement
+    wanted = request_of(entry, bound, request.draw, variables, request.options)
+    if placement is None:
+        return wanted
+    of_loss = request.of_loss
+    arguments, shardings = placement.of_arguments(wanted.arguments, request.line, of_loss=of_loss)
+    variables = placement.of_variables(variables, entry.model.annotations())
+    return replace(wanted, arguments=arguments, variables=variables, placement=placement, shardings=shardings)
 
 
 def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgram | None) -> tuple[Plan, BuiltProgram]:
@@ -233,7 +277,7 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
     bound, services, options = request.bound, request.services, request.options
     traced = None
     if built is None:
-        wanted = request_of(variables.entry, bound, request.draw, variables.values, options)
+        wanted = wanted_of(request, variables.entry, variables.values)
         if request.op_by_op:
             traced = needs_by_shapes(wanted)
             built = BuiltProgram(None, traced.request, None, "eager")

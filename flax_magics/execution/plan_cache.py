@@ -138,6 +138,9 @@ class LastRun:
         if traced is None or variables is None:
             return None
         arguments, passed = traced
+        placement = self.recipe.placement
+        if placement is not None:
+            arguments = placement.put(arguments, self.recipe.shardings)
         leaves, treedef = jax.tree_util.tree_flatten(variables)
         if not self.variables[0].fits(treedef):
             return None
@@ -152,7 +155,7 @@ class LastRun:
                         return None
                     fresh.append(leaf)
         # Everything else was computed before the last run began.
-        pending = (fresh, arguments) if fresh or same is None else ()
+        pending = (fresh, arguments) if fresh or same is None or placement is not None else ()
         return Inputs(kwargs, arguments, passed, same is not None, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import bytes_of, is_key
-from ..base.measures import devices_of
+from ..base.measures import MeshUse, devices_of
 from ..base.text import join
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
@@ -121,6 +121,8 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
         pinned=request.entry.model.other_arrays(),
+        placement=request.placement,
+        shardings=execution.shardings,
     )
 
 
@@ -177,8 +179,24 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
         weights=execution.variables.weights,
         replayed=options.keys_of is not None,
         spelling=facts_of_apply(execution),
+        mesh=mesh_of(execution),
         **fields,
     )  # fmt: skip
+
+
+def mesh_of(execution: Execution) -> MeshUse | None:
+    """What a run made of the session's mesh; None where it ran without one."""
+    placement, program = execution.request.placement, execution.plan.program
+    if placement is None:
+        return None
+    held = None if program is None else weakref.ref(program)
+
+    def text() -> str | None:
+        program = None if held is None else held()
+        return None if program is None else str(program.executable.as_text() or "")
+
+    arguments, variables = execution.arguments.dynamic, execution.built.request.variables
+    return placement.use(arguments, variables, execution.result.output, text)
 
 
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:

@@ -16,6 +16,7 @@ from . import losses, runs, steps, training
 from .cells import MODELS
 from .context import CommandLines, ScriptContext, ScriptModel
 from .functions import CannotSay
+from .mesh import mesh_lines
 from .writer import draws, label_of
 
 SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.variables")
@@ -64,6 +65,7 @@ def _run(command: CommandLines) -> list[str]:
     if site.name == "flax_init" or (command.initialising and not goes_on):
         # New variables: what made the old ones impossible to write no longer matters.
         context.lost.pop(name, None)
+        context.laid_out.discard(command.model.name)
     if name in context.lost and command.options.get("variables") is None:
         raise CannotSay(context.lost[name])
     if site.name == "flax_init":
@@ -125,6 +127,7 @@ def _registered(command: CommandLines) -> list[str]:
     for run in command.runs:
         model = context.models[run.model or name]
         context.lost.pop(run.model or name, None)
+        context.laid_out.discard(model.name)
         context.assigned |= {writer.root, model.name}
         writer.needs.add("nnx")
         lines += command.draw_of_init(*SPLIT)
@@ -155,6 +158,7 @@ def _variables(command: CommandLines) -> list[str]:
         return [f"{site.target} {variables}"] if site.target else []
     value = SESSION_VARIABLES.sub(lambda match: _variables_of(context, match[2]), value)
     context.lost.pop(name, None)
+    context.laid_out.discard(model.name)
     if model.holds:
         return [f"nnx.update({model.name}, {value})"]
     context.assigned.add(model.variables)
@@ -181,6 +185,7 @@ def _load(command: CommandLines) -> list[str]:
     lines: list[str] = []
     context.assigned.add(writer.root)
     context.trained.clear()  # the history is another
+    context.laid_out.clear()
     for name in (name for name in load.models if name in context.models):
         model = context.models[name]
         reason = _why_unreadable(load, name, model)
@@ -263,6 +268,7 @@ LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     "flax_load": _load,
     "flax_train": _run,
     "flax_vars": _variables,
+    "flax_mesh": mesh_lines,
     "flaxmodel": _register,
 }
 """Command → the function that writes its lines or raises CannotSay; any other command becomes a comment."""

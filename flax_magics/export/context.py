@@ -181,6 +181,8 @@ class ScriptContext:
       saved: index of a training's run → the file's arrays of it, where the script has not gone on with them yet.
       rebound: names that are bound by more than one statement that ran.
       gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
+      mesh: the axes of the mesh that runs are laid out on, as they were written; empty without one.
+      laid_out: variables that hold a module whose variables lie on it.
       define: makes sure that a function is defined before it is used, and returns its name.
     """
 
@@ -199,6 +201,8 @@ class ScriptContext:
     saved: dict[int, str] = field(default_factory=dict)
     rebound: frozenset[str] = frozenset()
     gone: bool = False
+    mesh: str = ""
+    laid_out: set[str] = field(default_factory=set)
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 
     def is_conditional(self, site: CommandSite) -> bool:

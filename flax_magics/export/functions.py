@@ -37,6 +37,7 @@ class SplitArguments:
       inside: the arguments as the body passes them to the model.
       outside: the values for the parameters, as the cell has them.
       static: parameters that are static arguments for `jax.jit`.
+      paths: of each value in the call, as the run names it: `batch['x']`.
     """
 
     writer: LineWriter
@@ -45,14 +46,17 @@ class SplitArguments:
     inside: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
 
-    def expression(self, written: str, part: ContainerPart, name: str) -> str:
+    def expression(self, written: str, part: ContainerPart, name: str, path: str | None = None) -> str:
         """What the body has in place of an argument, or of a part of a container; data becomes a parameter.
 
         Args:
           written: the text in the call.
           name: the parameter's preferred name.
+          path: where it is in the call; None for an argument itself.
         """
+        path = name if path is None else path
         if part.kind == "none":
             return "None"
         if part.kind == "choice" and _is_literal(written):
@@ -64,6 +68,7 @@ class SplitArguments:
             self.used.add(parameter)
             self.parameters.append(parameter)
             self.outside.append(written)
+            self.paths.append(path)
             self.static += [parameter] * (part.kind == "choice")
             return parameter
         elements = _elements(written, part)
@@ -71,7 +76,8 @@ class SplitArguments:
         for key, inner in part.inside:
             literal = self.writer.text(key) if isinstance(key, str) else str(key)
             inner_name = key if isinstance(key, str) and key.isidentifier() else f"{name}_{key}"
-            row = self.expression(elements.get(key, f"{written}[{literal}]"), inner, inner_name)
+            element = elements.get(key, f"{written}[{literal}]")
+            row = self.expression(element, inner, inner_name, f"{path}[{key!r}]")
             rows.append(f"{literal}: {row}" if part.kind == "dict" else row)
         if part.kind == "tuple":
             return f"({', '.join(rows)}{',' * (len(rows) == 1)})"
@@ -95,6 +101,7 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
             arguments.parameters.append(parameter)
             arguments.inside.append(parameter)
             arguments.outside.append(f"{name}{text}")
+            arguments.paths.append(parameter)
             continue
         leaf = next(positional) if name is None else name
         container = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")

@@ -10,6 +10,7 @@ from ..line.expression import segment
 from ..run import ExportFacts
 from .context import CommandLines
 from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split
+from .mesh import arguments_on_mesh, variables_on_mesh
 from .runs import build_before, keep_first_key, mode_lines, of_module, rebuilt, reseeded
 from .writer import call, indented
 
@@ -36,8 +37,10 @@ def grad_linen(command: CommandLines) -> list[str]:
     writer.needs |= {"nn", "jax"}
     if command.initialising:
         lines += init_lines(command, loss, as_written(after_net.arguments), params)
+    lines += variables_on_mesh(command)
     names = {stream: f"{stream}_key" for stream in facts.streams}
     arguments = split(writer, after_net, facts, (*TAKEN, model.name, loss, *names.values()))
+    arguments_on_mesh(command, arguments)
     items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside, *switches]
     if names:
         items.append(f"rngs={{{', '.join(f'{writer.text(stream)}: {name}' for stream, name in names.items())}}}")
@@ -91,11 +94,13 @@ def grad_nnx(command: CommandLines) -> list[str]:
     writer.needs.add("nnx")
     if command.initialising:
         lines.append(rebuilt(command, build_before(command), params, key("dropout")))
+    lines += variables_on_mesh(command)
     keys = {stream: key(stream) for stream in facts.streams}
     copy = writer.variable(f"{model.name}_copy")
     lines += [f"{copy} = nnx.clone({model.name})", *reseeded(command, keys, copy), *mode_lines(command, copy)]
     switches = [f"{name}={value}" for name, value in facts.arguments]
     arguments = split(writer, after_net, facts, (*TAKEN, loss, model.name))
+    arguments_on_mesh(command, arguments)
     metrics = "metrics" in facts.returns
     frozen, of, aux = patterns_of(command, command.options["freeze"]), "", ", has_aux=True" if metrics else ""
     body: list[str] = []

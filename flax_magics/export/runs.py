@@ -10,6 +10,7 @@ from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build
 from .context import CommandLines
 from .functions import CannotSay, SplitArguments, as_written, split
+from .mesh import arguments_on_mesh, mesh_of, updates_on_mesh, variables_on_mesh
 from .writer import LineWriter, call, indented, label_of
 
 Keys = Mapping[str, str]
@@ -65,7 +66,7 @@ def apply_linen(command: CommandLines) -> list[str]:
     lines, key, params = command.keys()
     keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     variables = options["variables"] or model.variables
-    lines += _init_lines(command, keys, params)
+    lines += [*_init_lines(command, keys, params), *variables_on_mesh(command)]
     value = _linen_call(command, keys, variables)
     mutable = _mutable(command)
     # What the run writes becomes part of the variables only in a plain run.
@@ -100,8 +101,11 @@ def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
     one = list(inside.values())
     many = one if samples is None else [f"{key}s" for key in one]
     arguments = split(writer, command.call, facts, ("jax", name, "variables", *one, *many))
+    arguments_on_mesh(command, arguments)
     value = call(*_apply_items(command, inside, arguments.inside, "variables"))
     body = [f"return {value}"]
+    if samples is None and facts.kept and mesh_of(command) is not None:
+        body = updates_on_mesh(command, value)
     if samples is not None and one:
         mapped = f"return jax.vmap(one_sample)({', '.join(many)})"
         body = [f"def one_sample({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
@@ -254,6 +258,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     if command.initialising:
         lines.append(rebuilt(command, build_before(command), params, key("dropout")))
+    lines += variables_on_mesh(command)
     if many and options["mutable"]:
         raise CannotSay("--mutable with --samples of an NNX model has no lines yet")
     keeps = options["variables"] is None and options["keys_of"] is None
@@ -345,6 +350,7 @@ def _call_in_function(command: CommandLines) -> tuple[SplitArguments, list[str],
     keys = {argument: f"{argument}_key" for argument in command.options["key"]}
     rngs = ["rngs"] if facts.handed else []
     arguments = split(writer, command.call, facts, ("jax", "nnx", name, *keys.values(), *rngs))
+    arguments_on_mesh(command, arguments)
     items = [*_arguments(command, arguments.inside, facts.arguments, keys), *(f"{each}={each}" for each in rngs)]
     writer.needs.add("nnx")
     parameters = _starred_last([name, *arguments.parameters, *keys.values(), *rngs])

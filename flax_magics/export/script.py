@@ -231,6 +231,8 @@ class Script:
         before = self.root.at
         self.root.after(executed)
         self.bound_in.update(dict.fromkeys(binds(statement), len(self.blocks) - 1))
+        if site is None:  # a module that is built again holds its variables anew
+            context.laid_out -= binds(statement)
         self.blocks[-1] += self._before
         if lines or gap:
             self.blocks[-1].append(Lines([*gap, *lines], ours=bool(edit.written)))

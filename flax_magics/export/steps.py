@@ -63,7 +63,9 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
             batch_lines, first = training.first_batch()
             arguments = as_written(training.after_net.arguments)
             lines += [*batch_lines, *init_lines(command, loss, [first, *arguments[1:]], params)]
-        lines += [f"{opt_state} = {optimizer}.init({trained})", *training.begun()]
+        lines += training.on_mesh.variables()
+        new = training.on_mesh.opt_state(f"{optimizer}.init({trained})")
+        lines += [f"{opt_state} = {new}", *training.begun()]
     else:
         lines += [*(training.from_file(saved, optimizer, trained) if saved else []), *training.data()]
     look = ""
@@ -153,12 +155,14 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
         lines += draw_lines
         if command.initialising:
             lines.append(rebuilt(command, build_before(command), params, dropout))
+        lines += training.on_mesh.variables()
     lines += [*training.data(), f"{net_copy} = nnx.clone({model.name})", *mode_lines(command, net_copy)]
     filters = ", ".join(filter(None, (trains, written, "...")))
     lines.append(f"{graphdef}, {', '.join((*values, rest))} = nnx.split({net_copy}, {filters})")
     saved = command.context.saved.pop(command.indices[-1], "")
     if part.first == 0:
-        lines += [f"{opt_state} = {optimizer}.init({values[0]})", *training.begun()]
+        new = training.on_mesh.opt_state(f"{optimizer}.init({values[0]})")
+        lines += [f"{opt_state} = {new}", *training.begun()]
     elif saved:
         lines += training.from_file(saved, optimizer, values[0])
     look = ""
@@ -238,6 +242,7 @@ class LookLines:
         if self.of_arrays:
             data = training.variable("eval_data")
             lines = [f"{data} = jax.tree.map(jnp.asarray, {text})"]
+            lines += [f"{data} = {training.on_mesh.batch(data)}"] * (training.on_mesh.is_used and task.batch is None)
         elif not text.isidentifier():
             data = training.variable("eval_batches")
             lines = [f"{data} = {text}"]
@@ -262,6 +267,7 @@ class LookLines:
         else:
             head = [f"for {number}{batch} in {batches.format('batches')}:"]
             head.append(f"{unit}{batch} = jax.tree.map(np.asarray, {batch})")
+        head += [f"{unit}{batch} = {training.on_mesh.batch(batch)}"] * training.on_mesh.is_used
         whole = [
             "# Means over the batches, weighed by their examples.",
             "values, sizes = [], []",

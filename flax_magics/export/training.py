@@ -19,6 +19,7 @@ from ..run import LookFacts, Run
 from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split
 from .losses import check_names, patterns_of, taken_apart
+from .mesh import TrainingOnMesh
 from .writer import call, indented
 
 TAKEN = (
@@ -82,6 +83,7 @@ class TrainLines:
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
+        self.on_mesh = TrainingOnMesh(command)
         self.loss, self.after_net = taken_apart(command)
         self.check_call()
         self.is_cut = self.task.arrays and self.task.batch is not None
@@ -125,7 +127,8 @@ class TrainLines:
 
     def batch_line(self) -> list[str]:
         """The line that takes a step's batch from the data; none where the function is given the batch."""
-        return [f"{self.arguments.parameters[0]} = jax.tree.map(lambda array: array[rows], data)"] * self.is_cut
+        batch = self.on_mesh.rows("jax.tree.map(lambda array: array[rows], data)")
+        return [f"{self.arguments.parameters[0]} = {batch}"] * self.is_cut
 
     def updated(self, written: str) -> list[str]:
         """The lines that take gradients and update `params`; `written`: the name for what the loss writes, or empty."""
@@ -154,7 +157,7 @@ class TrainLines:
             call("leaves = jax.tree.leaves((", ["value", "grads", *changed], "))"),
             "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
             f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
-            "state = jax.lax.cond(finite, lambda: new, lambda: old)",
+            f"state = {self.on_mesh.state('jax.lax.cond(finite, lambda: new, lambda: old)')}",
             f"return (*state, finite), {{{text('loss')}: value{metrics}}}",
         ]
 
@@ -214,7 +217,8 @@ class TrainLines:
             data, rows = self.variable("data"), list[str]()
             if self.is_cut:
                 rows = [f"{self.variable('size')} = len(jax.tree.leaves({data})[0])"]
-            return [f"{data} = jax.tree.map(jnp.asarray, {text})", *rows]
+            arrays = self.on_mesh.data(f"jax.tree.map(jnp.asarray, {text})", whole=self.is_cut)
+            return [f"{data} = {arrays}", *rows]
         batches, of_name = self.variable("batches"), f"iterator {text} of {self.model.name}"
         # One that has a name goes on where it is; all else is begun anew, and what the steps took of it is left out.
         if first and of_name in self.writer.spare:
@@ -313,6 +317,7 @@ class TrainLines:
             self.writer.needs.add("np")
             head = f"for {number}, {source} in zip({steps}, {self.variable('batches')}):"
             body.append(f"{source} = jax.tree.map(np.asarray, {source})")
+            body += [f"{source} = {self.on_mesh.batch(source)}"] * self.on_mesh.is_used
         elif group == 1:
             head = f"for {number} in {steps}:"
         else:

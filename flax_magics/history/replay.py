@@ -139,6 +139,8 @@ class Replaying(Struct, frozen=True):
         else:  # the program that ran is still kept
             plan = Plan.of_recipe(how, program, call.text)
             arguments = {name: leaf for name, leaf in zip(how.names, stored.inputs[1], strict=True) if name is not None}
+            if how.placement is not None:
+                arguments = how.placement.put(arguments, how.shardings)
             result = plan.run(draw, variables, arguments, self.services)
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
@@ -179,7 +181,9 @@ class Replaying(Struct, frozen=True):
         parts = self.services.programs.parts
         last = parts.get(how.name)
         try:
-            execution = execute(ApplyRequest(entry, call, options, draw, self.services, params_taken=how.taken))
+            taken, placement = how.taken, how.placement
+            request = ApplyRequest(entry, call, options, draw, self.services, params_taken=taken, placement=placement)
+            execution = execute(request)
         finally:  # the reason for the model's next new program is found by comparing with its own last run
             parts.pop(how.name, None)
             if last is not None:

@@ -366,6 +366,24 @@ FLAX_DOCTOR = Command(
     bare=True,
 )
 
+FLAX_MESH = Command(
+    "%flax_mesh",
+    "%flax_mesh                      shows the mesh\n"
+    "%flax_mesh data=-1              lays out runs over all devices from now on\n"
+    "%flax_mesh data=4,model=2       the same, by axes of so many devices; -1 is for all that are left\n"
+    "%flax_mesh off                  goes back to one device",
+    "From then on %flax_apply and %flax_grad cut the leading axis of arrays in the call over the axis `data`, and "
+    "%flax_train that of each batch. Variables are whole on each device, or cut over the axes that their annotations name: "
+    "nn.with_partitioning, or the sharding of an NNX Variable. Dropout masks are those of one device, every bit; sums may "
+    "differ in the last ones.\n\n"
+    "The mesh has Auto axes. What you have sharded yourself stands, and so does a mesh of your own (jax.set_mesh): inside "
+    "it nothing is laid out. For arrays of your own flax_magics.session().mesh() has .mesh, .batch and .replicated.",
+    (SILENT,),
+    ("%flax_mesh data=-1", "%flax_mesh", "%flax_mesh off"),
+    takes="mesh",
+    bare=True,
+)
+
 COMMANDS = {value.name: value for value in list(globals().values()) if isinstance(value, Command)}
 
 
@@ -388,6 +406,7 @@ MEANINGS = (
     ("%flax_save FILE", "the session into one file, once or kept up to date"),
     ("%flax_load FILE", "goes on where that was saved"),
     ("%flax_export [FILE]", "the session as a plain Flax script"),
+    ("%flax_mesh data=-1", "from now on, runs are laid out over all devices"),
     ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
     ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
     ("%flax_free", "lets go of what pins device memory; who holds the rest"),
@@ -417,6 +436,7 @@ KINDS = (
         "stopped",
         "resume",
         "doctor",
+        "mesh",
     ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
@@ -450,4 +470,5 @@ still: the loss of a training has not moved in its last 50 steps.
 stopped: a training has ended before its last step, and the line that goes on with it.
 resume: a training goes on with other data, weights or code than it had, or with an iterable that may give other batches.
 doctor: in the first report of a kernel, what is wrong with JAX there; see %flax_doctor.
+mesh: the last batch of each epoch cannot be cut over the axis `data`.
 """

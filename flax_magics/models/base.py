@@ -308,6 +308,9 @@ class AnyModel(Protocol):
     def is_state(self, value: Variables, variables: Variables) -> bool:
         """Whether `value` is a pytree like the model's `variables`, as a user writes it; may raise where it is not."""
 
+    def annotations(self) -> Mapping[str, Mapping[str, tuple[Any, ...]]]:
+        """Collection → path → axes of a mesh that the variable is annotated with; empty where boxes in the tree say it."""
+
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays that the module holds besides its variables, such as those in the fields of a linen module."""
 
@@ -398,7 +401,7 @@ class ModelWithVariables(AnyModel, Protocol):
     def sample(self) -> bytes:
         """A digest of some elements of every variable: differs between modules built with different seeds."""
 
-    def assign(self, values: Values) -> None:
+    def assign(self, values: Variables) -> None:
         """Writes `values` into the module's own variables."""
 
     def become(self, other: ModelWithVariables) -> None:
@@ -414,6 +417,14 @@ def own_methods(cls: type, *, but: str) -> list[str]:
     users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("flax", "builtins")]
     methods = [name for base in users for name, value in vars(base).items() if inspect.isfunction(value)]
     return [name for name in dict.fromkeys(methods) if not name.startswith("_") and name != but]
+
+
+def names_in(metadata: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The names in the metadata of an NNX Variable, which calls them otherwise in each version of Flax."""
+    given = (metadata.get(key) for key in ("out_sharding", "sharding_names", "sharding"))
+    names = next((names for names in given if names is not None), None)
+    rules = dict(metadata.get("sharding_rules") or ())
+    return None if names is None else tuple(rules.get(name, name) for name in names)
 
 
 _REPLACING = threading.RLock()  # reentrant: the bridge replaces further methods inside the block of linen's

@@ -36,6 +36,7 @@ class Arguments(Struct, frozen=True):
       parameters: the parameter that receives each argument, positional ones first.
       names, leaves, traced: name, value and kind of each leaf; a name is a parameter with a path, such as `batch['x']`.
       forced: names of int leaves that are static because the model needs their value.
+      placed: traced leaves by name that a mesh has copies of: programs take these, reports and replays what was passed.
     """
 
     treedef: PyTree
@@ -44,6 +45,7 @@ class Arguments(Struct, frozen=True):
     leaves: tuple[Leaf, ...]
     traced: tuple[bool, ...]
     forced: frozenset[str]
+    placed: Mapping[str, Leaf] = {}
 
     @classmethod
     def of(cls, args: Args, kwargs: Kwargs, signature: inspect.Signature, forced: frozenset[str]) -> Arguments:
@@ -71,7 +73,7 @@ class Arguments(Struct, frozen=True):
     @property
     def dynamic(self) -> Kwargs:
         """The traced leaves by name: JAX's messages then say `arguments['n']`."""
-        return {name: leaf for name, leaf, traced in self.rows if traced}
+        return {name: self.placed.get(name, leaf) for name, leaf, traced in self.rows if traced}
 
     @property
     def static(self) -> tuple[tuple[str, Leaf], ...]:
@@ -117,7 +119,7 @@ def signature_of(leaf: object) -> tuple[Any, ...]:
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.shape, leaf.dtype, False, None
     if isinstance(leaf, jax.ShapeDtypeStruct):  # a variable that an init is still computing
-        return leaf.shape, leaf.dtype, leaf.weak_type, None
+        return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     return (), type(leaf), True, None  # a Python number: JAX gives it a weak type
 
 

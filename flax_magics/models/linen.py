@@ -280,6 +280,10 @@ class LinenModel:
         """Whether both are put together alike; a FrozenDict counts as the dict that it freezes."""
         return alike(*(jax.tree_util.tree_structure(unfreeze(dict(tree))) for tree in (value, variables)))
 
+    def annotations(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """None: `nn.Partitioned` boxes stand around the variables themselves."""
+        return {}
+
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays in the module's fields."""
         return tuple(arrays_in(self.module))

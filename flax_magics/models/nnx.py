@@ -33,6 +33,7 @@ from .base import (
     Updates,
     Variables,
     check_name,
+    names_in,
     own_methods,
 )
 from .calls import Args, Function, Kwargs, Names, Path, constructor, readable_signature
@@ -188,6 +189,15 @@ class NnxModel:
         """Whether `read_state` takes it and something is in it; raises the error of `read_state` where not."""
         return bool(self.read_state("", value))
 
+    def annotations(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """Type → path → axes of a mesh, of the Variables whose metadata have some."""
+        out: dict[str, dict[str, tuple[Any, ...]]] = {}
+        for slot in self.layout.slots:
+            names = names_in(slot.leaf.get_metadata()) if isinstance(slot.leaf, nnx.Variable) else None
+            if names is not None:
+                out.setdefault(slot.collection, {})[slot.name] = names
+        return out
+
     def other_arrays(self) -> tuple[Leaf, ...]:
         """None: what the module holds are its variables."""
         return ()
@@ -325,7 +335,7 @@ class NnxModel:
             for leaf in jax.tree_util.tree_leaves(slot.read() if value is None else value):
                 yield name, tuple(map(str, slot.path)), leaf, _about(slot.leaf)
 
-    def assign(self, values: Values) -> None:
+    def assign(self, values: Variables) -> None:
         """Writes `values` into the module's own variables, in one uninterruptible step."""
         at_once(self.layout.assignments(values))
 

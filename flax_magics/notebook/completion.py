@@ -159,6 +159,8 @@ def _choices(takes: str, rest: str, text: str, names: Names) -> list[str]:
             classes = [cls for cls in classes if cls.__module__.partition(".")[0] != "flax"]
             instances.sort(key=lambda name: name in models)
             choices = [*instances, *models, *(f"{variable_name(cls.__name__)} = {cls.__name__}(" for cls in classes)]
+        case "mesh":
+            choices = ["data=-1", "off"]
         case "stream":
             choices = ["params", "dropout", *(stream for model in models.values() for stream in model.streams)]
         case "collection":

@@ -27,6 +27,7 @@ from ..line.commands import (
     FLAX_INIT,
     FLAX_KEY,
     FLAX_LOAD,
+    FLAX_MESH,
     FLAX_REPLAY,
     FLAX_SAVE,
     FLAX_SUMMARY,
@@ -328,6 +329,16 @@ class FlaxMagics(Magics):
             run = self.session.run_key(name, cell=self.notebook.number)
         self.notebook.reporter.report(run, live, quiet=use["quiet"])
         return None if use.silenced else run.output
+
+    @command(FLAX_MESH)
+    def flax_mesh(self, use: CommandUse) -> None:
+        """`%flax_mesh data=-1`"""
+        from ..mesh.view import mesh_bundle
+
+        if use.rest.strip():
+            with self.notebook.working("moving the variables"):
+                self.session.mesh(use.rest.strip())
+        self.publish(mesh_bundle(self.session.mesh(), self.style), use)
 
     @command(FLAX_VARS)
     def flax_vars(self, use: CommandUse) -> Any:

@@ -16,6 +16,7 @@ from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
 from ..line.commands import MEANINGS, restart_line
+from ..mesh.view import cells
 from ..report.html import render, shown_bundle
 from ..report.text import Notice, line_of
 from ..rng.keys import short_key
@@ -75,6 +76,7 @@ class Status(NamedTuple):
       models: name, how it is built, and its variables in a few words.
       runs: newest last; the last `KEPT` are shown.
       amounts: label and amount of what is held and cached, such as `("programs kept", "3")`.
+      mesh: how it is written and drawn, and where each model's variables live; empty without one.
       versions: `flax_magics 0.1.0` and so on, this package first.
       commands: how each is written, and what it does in a few words.
       reruns: a line for each cell that drew and was run again, or has a variable that was rebound since.
@@ -88,6 +90,7 @@ class Status(NamedTuple):
     versions: tuple[str, ...] = ("flax_magics",)
     commands: Cells = ()
     reruns: tuple[str, ...] = ()
+    mesh: Cells = ()
 
 
 def key_card(session: Session) -> KeyCard:
@@ -148,6 +151,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         reruns=tuple(told),
         versions=(f"flax_magics {__version__}", f"jax {jax.__version__}", f"flax {importlib.metadata.version('flax')}"),
         commands=MEANINGS,
+        mesh=tuple(cells(session.mesh(), {name: model.collections() for name, model in session.models.items()})),
     )
 
 
@@ -206,6 +210,7 @@ def status_bundle(status: Status, style: str) -> dict[str, object]:
     run_texts = [text for parts in run_lines for text in dotted(parts, width() - 2)] or [NO_RUN]
     lines = dotted(versions)
     lines += _block("devices", status.devices)
+    lines += _block("mesh", status.mesh)
     lines += ["", "root key", *("  " + line for line in dotted((clean(key.root), *key.parts), width() - 2))]
     lines += _block("models", status.models or ((NO_MODEL,),))
     lines += ["", "last runs", *("  " + text for text in run_texts)]

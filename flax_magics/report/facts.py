@@ -145,7 +145,7 @@ def brief(run: Run) -> tuple[str, ...]:
     """The parts of a one-line report after name, mode and device: draw, what was made, program, time, weights."""
     if not run.kind.model:
         return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
-    parts = [draw_of(run, seed=False)]
+    parts = [draw_of(run, seed=False), *([] if run.mesh is None else [clean(run.mesh.name)])]
     if run.made is not None:
         parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
     parts += REPORTED[run.command].cost(run)
@@ -197,6 +197,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     shown = [
         Row("replay", tuple(filter(None, [verdict(run)]))),
         Row("roof", roof_of(run)),
+        Row("mesh", () if run.mesh is None else (clean(run.mesh.name),)),
         Row("steps", steps_of(run)),
         Row("out", out_of(run) if forward and not run.kind.trains else ()),
         Row("samples", samples_of(run)),

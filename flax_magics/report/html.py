@@ -15,7 +15,7 @@ from msgspec import Struct
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from ..run import RELEASED, Face, like
-from . import curve, facts, layers, text
+from . import curve, facts, layers, mesh, text
 from .facts import Level, Phase
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ def report_html(run: Run, level: Level, working: str = "") -> str:
         "by_hand": clean_lines(run.by_hand),
         "digest": run.digest or "",
         "values": facts.values_of(run),
+        "mesh": None
+        if run.mesh is None or working
+        else (mesh.drawing(run.mesh.axes, run.mesh.devices), mesh.rows(run.mesh)),
         "layers": layers.table(run.layers, run.model or "") if run.layers else None,
         "working": working,
         "curve": None if run.trained is None else curve.context(run.trained),

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from ..base.text import cell_len, clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
 from ..base.threads import uninterrupted
 from ..run import recorded
-from . import curve, facts
+from . import curve, facts, mesh
 from .facts import Level, Row
 from .layers import lines
 
@@ -99,6 +99,12 @@ def details(run: Run) -> str:
     for label in items:
         rows += [Row(label, items[label]), Row("", below.get(label, ()))]
     lines = [*head(run), *columns(rows, tables=("keys",)), *tables_of(run)]
+    if run.mesh is not None:
+        lines += [
+            f"  mesh {clean(run.mesh.name)}",
+            *mesh.lines(run.mesh.axes, run.mesh.devices, "    "),
+            *columns(mesh.rows(run.mesh)),
+        ]
     code = clean_lines(run.by_hand)
     if code:
         lines.append("  by hand")

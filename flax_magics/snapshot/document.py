@@ -21,7 +21,7 @@ from msgspec.structs import asdict, replace
 from ..base import __version__
 from ..base.digest import count_parameters, is_key, owned_copy
 from ..base.files import Damaged, convert, loads
-from ..base.measures import Cost, Limits, Memory, Timing
+from ..base.measures import Cost, Lies, Limits, Memory, MeshUse, Timing
 from ..base.output import OutputFacts, Spread, Values
 from ..base.types import PyTree
 from ..code.inventory import source_of
@@ -49,6 +49,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
       saved: seconds since the epoch.
       settings: of JAX, at that time.
+      mesh: its axes as they are written; empty without one.
     """
 
     root: RootKey
@@ -59,11 +60,26 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str
     settings: Mapping[str, str]
     saved: float
+    mesh: str = ""
 
     @property
     def parameters(self) -> int:
         """Elements of the parameters of all models."""
         return sum(model.parameters for model in self.models)
+
+
+class SavedMesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run made of a mesh, as a file has it; see `MeshUse`."""
+
+    axes: Annotated[tuple[tuple[str, Annotated[int, msgspec.Meta(ge=1)]], ...], msgspec.Meta(min_length=1)]
+    devices: tuple[str, ...]
+    inputs: tuple[Lies, ...]
+    variables: tuple[Lies, ...]
+    output: tuple[Lies, ...]
+
+    def use(self) -> MeshUse:
+        """The same for a Run, whose program is gone."""
+        return MeshUse(self.axes, self.devices, self.inputs, self.variables, self.output, lambda: None)
 
 
 class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -118,6 +134,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     bits: str = ""
     dropped: tuple[str, ...] = ()
     trained: SavedCurve | None = None
+    mesh: SavedMesh | None = None
 
 
 def take(state: State) -> Snapshot:
@@ -129,7 +146,15 @@ def take(state: State) -> Snapshot:
     # Models of an earlier file that are still waiting are saved again.
     waiting = [model for name, model in state.waiting.items() if name not in state.models]
     return Snapshot(
-        state.root, state.opened, state.seeds, (*models, *waiting), versions(), device(), settings(), time.time()
+        state.root,
+        state.opened,
+        state.seeds,
+        (*models, *waiting),
+        versions(),
+        device(),
+        settings(),
+        time.time(),
+        "" if state.placement is None else state.placement.axes,
     )
 
 
@@ -421,6 +446,7 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
         "first": first,
         "elsewhere": elsewhere,
         "trained": None if record.trained is None else record.trained.curve(),
+        "mesh": None if record.mesh is None else record.mesh.use(),
         "_taken": taken,
     }
     return StoredRun.read(Run(**facts), record.inputs, record.replays)

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.files import checked_target
-from ..base.text import plural
+from ..base.text import clean, plural
 from ..base.threads import Future, Workers, uninterrupted, wait_for
 from ..errors import FlaxMagicsError
 from ..run import COMMANDS, Note, Run
@@ -148,9 +148,9 @@ def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, l
         waiting=tuple(saved for saved in waiting.values() if saved.ready),
         parameters=snapshot.parameters,
         trained={saved.name: saved.training.training().step for saved in snapshot.models if saved.training is not None},
-        notes=(*_lost(current, snapshot, runs), *edited, *_other(snapshot)),
+        notes=(*_lost(current, snapshot, runs), *edited, *_other(snapshot), *_of_mesh(snapshot, current)),
     )
-    state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting)
+    state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting, current.placement)
     return state, [matched.write for matched in matches.values() if matched.write is not None], restored
 
 
@@ -196,6 +196,16 @@ def _other(snapshot: Snapshot) -> list[Note]:
     parts = [f"{name} {there[name]} → {here[name]}" for name in names if name in there and there[name] != here[name]]
     text = f"saved with other versions or settings, so that runs may differ in their bits: {', '.join(parts)}"
     return [Note("versions", text)] if parts else []
+
+
+def _of_mesh(snapshot: Snapshot, current: State) -> list[Note]:
+    """A note where the file was saved on another mesh than this session's: on what is claimed of its runs here."""
+    here = "" if current.placement is None else current.placement.axes
+    if snapshot.mesh == here:
+        return []
+    was, now = (f"on the mesh {clean(axes)}" if axes else "without a mesh" for axes in (snapshot.mesh, here))
+    claim = "keys and dropout masks are the same in every bit, sums may differ in the last ones"
+    return [Note("mesh", f"saved {was}, and here runs are {now}: {claim}")]
 
 
 def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:

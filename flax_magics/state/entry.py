@@ -16,6 +16,7 @@ from ..base.types import Leaf, PyTree
 from ..code.contents import static_data
 from ..compile.cache import Program
 from ..compile.initialise import InitRecord
+from ..compile.placement import Placement, Shardings
 from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
@@ -286,6 +287,7 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
       moving: an input holds variables, which runs may change in place.
       inputs, variables, written: bytes of the inputs, of the variables, and of what the run writes.
       pinned: arrays that the model holds besides its variables.
+      placement, shardings: the mesh that it ran on, and how each argument was laid out there by name.
     """
 
     entry: ModelEntry
@@ -304,6 +306,8 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
     variables: int
     written: int
     pinned: tuple[Leaf, ...] = ()
+    placement: Placement | None = None
+    shardings: Shardings = {}
 
     @property
     def name(self) -> str:
@@ -343,7 +347,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
       call: the text of the call.
       taken: the draw's `params` key had gone into variables before.
       structure: treedef of the variables that it began with; None where it initialised them.
-      pinned: as in `ApplyRecipe`.
+      pinned, placement: as in `ApplyRecipe`.
     """
 
     entry: ModelEntry
@@ -354,6 +358,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
     taken: bool
     structure: jax.tree_util.PyTreeDef | None
     pinned: tuple[Leaf, ...] = ()
+    placement: Placement | None = None
 
 
 class Origin(Struct, eq=False):

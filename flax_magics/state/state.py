@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.types import PyTree
+from ..compile.placement import Placement
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
 from ..rng.keys import Draw, RootKey, StepDraw
@@ -97,6 +98,8 @@ class State(Struct, frozen=True):
     """seed → the last draw under it before it was restarted, and its PRNG implementation."""
     waiting: Mapping[str, SavedModel] = {}
     """Variables read from a file whose models are not registered yet, by model name."""
+    placement: Placement | None = None
+    """The mesh that runs are laid out on, None for one device."""
 
     def after(self, stored: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
@@ -121,7 +124,8 @@ class State(Struct, frozen=True):
         keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
         restart = Restart(root.seed, fresh, keeping, again=self._last(root.seed)[0] > 0)
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
-        return State(root, models, None, self.runs, seeds, {} if fresh else self.waiting), restart
+        waiting = {} if fresh else self.waiting
+        return State(root, models, None, self.runs, seeds, waiting, self.placement), restart
 
     def _still_waiting(self, entry: ModelEntry | None) -> Mapping[str, SavedModel]:
         """The variables that still wait once `entry` has some: not those for the same model."""

@@ -71,6 +71,7 @@ class Training(Struct, frozen=True, eq=False):
       changes: what was otherwise when it went on, in words, one for each: without any it is as if it had never stopped.
       code: of its last part; None after a load.
       position: after these, in data that are an iterable of batches; None for arrays.
+      mesh: on which its last part ran, as its axes are written; empty for one device.
     """
 
     draw: Draw
@@ -88,6 +89,7 @@ class Training(Struct, frozen=True, eq=False):
     changes: tuple[str, ...] = ()
     code: CodeDigests | None = None
     position: Position | None = None
+    mesh: str = ""
 
     @property
     def step(self) -> int:
@@ -135,6 +137,7 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     inputs: Mapping[str, str] = {}
     changes: tuple[str, ...] = ()
     position: Position | None = None
+    mesh: str = ""
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:

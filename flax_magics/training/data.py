@@ -18,6 +18,7 @@ from ..base.text import plural
 from ..base.threads import forked_workers
 from ..base.types import HostArray, PyTree
 from ..compile.limits import free_bytes
+from ..compile.placement import DATA, Placement
 from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name
 from ..line.expression import without_option
@@ -51,6 +52,7 @@ class ArrayData:
     Args:
       text: the data as they are written in the call.
       batch: how many rows a step takes; None for all of them, unshuffled, in each step.
+      placement: the mesh that steps run on: each device then has the arrays, unless a step takes all of them.
 
     Attributes:
       key: its fold by the number of an epoch shuffles the rows in that.
@@ -61,11 +63,13 @@ class ArrayData:
     unsure = ""
     key: jax.Array
 
-    def __init__(self, text: str, tree: PyTree, batch: int | None) -> None:
-        self.size = _rows_in(text, tree)
+    def __init__(self, text: str, tree: PyTree, batch: int | None, placement: Placement | None = None) -> None:
+        self.size, self._given = _rows_in(text, tree), tree
         self.held = batch is None or batch >= self.size or _fits(tree)
         self.tree = jax.tree_util.tree_map(jnp.asarray, tree) if self.held else tree
-        self._batch = batch
+        if placement is not None and self.held:
+            self.tree = placement.of_batch(tree) if batch is None else placement.of_variables(self.tree)
+        self._batch, self._is_placed = batch, placement is not None
         self._fetching: Fetching | None = None
         self._following = 0
         self._epoch, self._order = -1, np.zeros(0, np.int32)
@@ -80,7 +84,8 @@ class ArrayData:
     @property
     def first(self) -> PyTree:
         """A batch by which the loss is traced and the net initialised: the first rows as they stand."""
-        return self.tree if self._batch is None else jax.tree_util.tree_map(lambda leaf: leaf[: self._batch], self.tree)
+        tree = self.tree if self.held and not self._is_placed else self._given
+        return tree if self._batch is None else jax.tree_util.tree_map(lambda leaf: leaf[: self._batch], tree)
 
     def order(self, epoch: int) -> HostArray:
         """All rows in the order in which that epoch takes them: `jax.random.permutation` of the key's fold."""
@@ -261,9 +266,17 @@ def _fits(tree: PyTree) -> bool:
     return not by_numpy or free is None or sum(leaf.nbytes for leaf in outside) <= SHARE * free
 
 
-def data_of(text: str, data: Any, batch: int | None, begin: Position | None = None, most: int | None = None) -> Data:
+def data_of(
+    text: str,
+    data: Any,
+    batch: int | None,
+    begin: Position | None = None,
+    most: int | None = None,
+    *,
+    placement: Placement | None = None,
+) -> Data:
     """The data of a training, checked already; see `ArrayData` and `BatchData` for the arguments."""
-    return ArrayData(text, data, batch) if is_arrays(data) else BatchData(text, data, begin, most)
+    return ArrayData(text, data, batch, placement) if is_arrays(data) else BatchData(text, data, begin, most)
 
 
 def is_arrays(data: object) -> bool:
@@ -308,6 +321,24 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
             hint="multiprocessing_context='forkserver' starts them otherwise",
             edit="DataLoader(…, num_workers=0)",
         )
+
+
+def check_divides(text: str, data: Data, batch: int | None, placement: Placement, line: str) -> None:
+    """Raises FlaxMagicsError where the first batch cannot be cut into equal parts: all others are as long, but the last.
+
+    Args: see `check`.
+    """
+    rows, parts = _rows_in(text, data.first), placement.parts
+    if not rows % parts:
+        return
+    message = f"a batch of `{text}` has {plural(rows, 'row')}, and {DATA}={parts} of the mesh does not divide that."
+    if not isinstance(data, ArrayData):
+        raise FlaxMagicsError(message, hint=f"a multiple of {parts} can be cut, such as {rows + parts - rows % parts}")
+    fitting = max(parts, rows - rows % parts)
+    if data.size < parts:
+        raise FlaxMagicsError(message, write=f"%flax_mesh off\n{line}")
+    command, _, call = without_option(line, "--batch", "[0-9]+").partition(" ")
+    raise FlaxMagicsError(message, **written(f"{command} --batch {fitting} {call}"))
 
 
 def check_looks(text: str, data: object, line: str) -> None:

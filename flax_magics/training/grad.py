@@ -18,6 +18,7 @@ from ..base.types import PyTree, Record
 from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
+from ..compile.placement import in_force
 from ..errors import nearest, written
 from ..execution import notes, record
 from ..execution.build import renewed
@@ -99,7 +100,8 @@ class LossCall(Struct, frozen=True):
         read = tuple(net for net in nets if any(net.model.module is one for one in passed))
         call = replace(call, method=METHOD, args=tuple(_with_variables(one, read) for one in call.args))
         call = replace(call, kwargs={key: _with_variables(value, read) for key, value in call.kwargs.items()})
-        request = ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares)
+        options, placement = ApplyOptions(mode=mode), in_force(state.placement)
+        request = ApplyRequest(of_loss, call, options, draw, services, params_taken=shares, placement=placement)
         return cls(entry, loss, request, read, anew)
 
 
@@ -167,6 +169,9 @@ def grad_model(
     after = _learned(execution, entry, loss)
     keys = dict(notes.keys_in(execution.arguments, services.seen, ()))
     outcome = record.Outcome(run, stored, draw, after, committed=partial(services.seen.went_into, draw, keys.values()))
+    if execution.variables.moved and not anew:
+        values, module = execution.variables.values, after.nnx.model
+        return outcome._replace(write=lambda: module.assign(values))
     if not anew:
         return outcome
     users_model, new_model = users_entry.nnx.model, entry.nnx.model

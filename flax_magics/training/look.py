@@ -14,8 +14,7 @@ from ..compile.cache import Program
 from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError
 from ..execution import record
-from ..execution.call import request_of
-from ..execution.execute import ApplyRequest, RunVariables
+from ..execution.execute import ApplyRequest, RunVariables, wanted_of
 from ..models.base import Variables
 from ..models.calls import signature_of
 from ..rng.keys import Draw, StepDraw
@@ -59,6 +58,8 @@ class Look:
         values: dict[str, list[float]] = {"": []}
         sizes: list[int] = []
         for number, (tree, size) in enumerate(in_order(self._text, self._data, self._batch)):
+            placement = self._request.placement
+            tree = tree if placement is None else placement.of_batch(tree)
             program, request = self._program(tree, variables, left_out)
             # Each batch has numbers of its own, and each look those of the one before it, so that looks are comparable.
             draw = StepDraw.of(self._draw, number)
@@ -87,7 +88,7 @@ class Look:
             options=self._request.options._replace(mode="eval"),
         )
         bound = asked.bound
-        request = request_of(self._entry, bound, self._draw, variables, asked.options)
+        request = wanted_of(asked, self._entry, variables)
         request = replace(request, model=replace(cast("Loss", bound.model), graded=False).as_model())
         shapes = tuple(map(signature_of, jax.tree_util.tree_leaves(tree)))
         if shapes not in self._programs:
@@ -105,6 +106,7 @@ class Look:
             facts = replace(facts, streams=tuple(sorted(needs.streams & built.program.trace.asked.keys())))
             self._call = record.in_mode_of(bound, facts, kept=dict.fromkeys(needs.mutable), sown={}, handed={})
         program, known = self._programs[shapes]
-        arguments: Any = replace(known.arguments, leaves=request.arguments.leaves)
+        now = request.arguments
+        arguments: Any = replace(known.arguments, leaves=now.leaves, placed=now.placed)
         held = {name: variables[name] for name in known.variables}
         return program, replace(known, variables=held, arguments=arguments)

@@ -49,13 +49,19 @@ class StepPrograms:
     ) -> None:
         self.name, self.step, self._keys, self._services = request.name, step, keys, services
         code = call_key(request), fingerprint(step.optimizer)
-        self._code = None if None in code else (*code, step.batched)
+        self._code = None if None in code else (*code, step.batched, step.placement)
         """What all programs are made of; None where that cannot be told."""
         self._state, self._data = state, data
         self._programs: dict[object, StepProgram] = {}
         self._started: dict[object, Compiling] = {}
         self.origin, self.timing = "", Timing()
         self._has_effects = False
+        self._first: Any = None
+
+    @property
+    def text(self) -> str | None:
+        """The first program of one step as XLA writes it, None before there is one."""
+        return None if self._first is None else str(self._first.as_text() or "")
 
     def of(self, batch: Batch) -> StepProgram:
         """The program for a batch, found or compiled."""
@@ -102,6 +108,7 @@ class StepPrograms:
         """Waits for the program of a batch, and keeps it: for this training, and for later ones of the same code."""
         programs = self._services.programs
         executable, origin, timing = programs.finish_compiling(compiling, phase)
+        self._first = self._first or executable
         key = self._key(batch)
         if key is not None and not self._has_effects:  # a program that calls back is that of the function traced for it
             keep(programs.by_step, key, (executable, self.step.takes_loss), KEPT)
@@ -130,7 +137,10 @@ class StepPrograms:
 
     def arguments(self, batch: Batch) -> Kwargs:
         """The arguments of a step's program by name: those of the batch, or of the arrays that it is taken from."""
-        leaves = jax.tree_util.tree_leaves(self._data.tree if batch.tree is None else batch.tree)
+        tree, placement = batch.tree, self.step.placement
+        if placement is not None and not self._is_held(batch):
+            tree = placement.of_batch(tree)
+        leaves = jax.tree_util.tree_leaves(self._data.tree if tree is None else tree)
         return {**self.step.arguments.dynamic, **dict(zip(self.step.batched, leaves, strict=True))}
 
     def _begin(self, batch: Batch) -> Compiling:
@@ -146,7 +156,8 @@ class StepPrograms:
         def program(
             state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: Leaf, arguments: Kwargs
         ) -> StepResult:
-            return function(state, keys, numbers, rows, arguments)
+            result = function(state, keys, numbers, rows, arguments)
+            return result if self.step.placement is None else result._replace(state=_like(result.state, self._state))
 
         program.__name__ = program.__qualname__ = self.name
         jitted: Any = jax.jit(program)
@@ -175,6 +186,16 @@ class StepPrograms:
             return result
 
         return program
+
+
+def _like(state: TrainState, before: TrainState) -> TrainState:
+    """The state of a step laid out as that before it: XLA is free to cut what it gives, and the next step takes it."""
+
+    def constrain(leaf: Leaf, was: Leaf) -> Leaf:
+        return jax.lax.with_sharding_constraint(leaf, was.sharding) if isinstance(was, jax.Array) else leaf
+
+    laid_out: TrainState = jax.tree_util.tree_map(constrain, state, before)
+    return laid_out
 
 
 def _numbers(first: int, batch: Batch) -> Any:

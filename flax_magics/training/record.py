@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
-from ..base.measures import Timing, devices_of
+from ..base.measures import MeshUse, Timing, devices_of
 from ..base.text import join, plural
 from ..base.types import PyTree
 from ..compile.initialise import made_of
@@ -91,6 +91,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
         program: str,
         timing: Timing,
         final: bool,
+        mesh: MeshUse | None = None,
     ) -> Progress:
         """What there is to commit after the finished steps.
 
@@ -98,11 +99,13 @@ class TrainingRecord(Struct, frozen=True, eq=False):
           position: see `Training`.
           program: where it came from.
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
+          mesh: what it makes of the session's mesh.
         """
         ready, values = self.ready, dict(state.variables)
         entry = self._entry_after(state, curve, position, final=final)
         output = self.step.loss.as_users(values) if final else RELEASED
         run = self._run(curve, output, entry, notes=notes, program=program, timing=timing, device=devices_of(values))
+        run = run if mesh is None else replace(run, mesh=mesh)
         resumed = self.resumed is not None
         run = begun_as(run, self.state.runs if resumed else None)
         return Progress(run, entry, ready.request.draw.first, _write(entry, ready, values), resumed, self.changes)
@@ -128,6 +131,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
             changes=self.changes,
             code=self.code,
             position=position,
+            mesh="" if request.placement is None else request.placement.axes,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in loss.written(self.traced.trace)}

@@ -14,6 +14,7 @@ from ..base.digest import bytes_of, owned_copy
 from ..base.types import PyTree
 from ..code.fingerprint import Fingerprint, fingerprint
 from ..compile.cache import Services
+from ..compile.placement import in_force
 from ..execution.call import Call
 from ..rng.keys import Draw, RootKey, RunKeys, SeenKeys, StepDraw
 from ..run import Run
@@ -61,7 +62,8 @@ def beginning_of(
         return None
     options = replace(options, optimizer=options.optimizer or entry.optimizer, eval=None)
     bare_entry = entry.without_variables()
-    recipe = TrainRecipe(bare_entry, loss.function, loss.name, options, call.text, taken, structure, pinned)
+    placement = in_force(state.placement)
+    recipe = TrainRecipe(bare_entry, loss.function, loss.name, options, call.text, taken, structure, pinned, placement)
     return Beginning(Origin(recipe, list(map(owned_copy, leaves))), size, (treedef, list(map(owned_copy, inputs))))
 
 
@@ -99,8 +101,9 @@ class Again:
         self.loss = loss_of(entry.model, recipe.function, recipe.loss, recipe.options.freeze)
         self.call = Call(METHOD, args, kwargs, recipe.call, command="%flax_replay")
         root = RootKey(self.draw.seed, self.draw.number - 1, self.draw.root, self.draw.impl)
-        self.state = State(root, {**models, entry.name: entry})
-        self.data = data_of(data_text(recipe.call), args[0], recipe.options.batch)
+        placement = recipe.placement
+        self.state = State(root, {**models, entry.name: entry}, placement=placement)
+        self.data = data_of(data_text(recipe.call), args[0], recipe.options.batch, placement=placement)
         options = replace(recipe.options, epochs=None, steps=steps, resume=False)
         last: list[Progress] = []
         with closing(self.data):
@@ -140,7 +143,13 @@ class Again:
             assert batch is not None
             if batch.rows is None:
                 return batch.tree
-            return jax.tree_util.tree_map(lambda leaf: leaf[batch.rows], self.data.tree)
+            tree, placement = (
+                jax.tree_util.tree_map(lambda leaf: leaf[batch.rows], self.data.tree),
+                self.recipe.placement,
+            )
+            if placement is None:
+                return tree
+            return jax.device_put(tree, placement.of_rows(len(batch.rows)))
         # Through all epochs before it, as the steps before it went.
         batches: Any = itertools.chain.from_iterable(itertools.repeat(self.call.args[0]))
         return next(itertools.islice(batches, step, None))

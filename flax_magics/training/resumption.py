@@ -16,6 +16,7 @@ from ..base.text import clean, plural
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint, fingerprint
 from ..compile.compiler import settings
+from ..compile.placement import Placement
 from ..errors import FlaxMagicsError
 from ..execution.call import Call
 from ..line.expression import positional_names
@@ -175,6 +176,14 @@ def changes_of(
     if before.optimizer != code.optimizer or (before is code and optimizer != last):
         what = f"{optimizer} for {last}" if optimizer != last else f"{optimizer} has other numbers or functions now"
         yield f"{after} it goes on with another optimizer: {what}"
+
+
+def change_of_mesh(training: Training, placement: Placement | None) -> Iterator[str]:
+    """What is said where the steps before ran on other devices: their sums are made in another order."""
+    axes = "" if placement is None else placement.axes
+    if axes != training.mesh:
+        was, now = (f"the mesh {clean(text)}" if text else "one device" for text in (training.mesh, axes))
+        yield f"after {plural(training.step, 'step')} it runs on {now}, and before on {was}"
 
 
 def _other_inputs(training: Training, call: Call, options: TrainOptions, inputs: Mapping[str, str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from msgspec import Struct
 
 from ..base.types import HostArray, Leaf, PyTree
+from ..compile.placement import Placement
 from ..errors import FlaxMagicsError
 from ..models.base import STRUCTURE, CallTrace, Needs, Updates, Variables
 from ..models.calls import Arguments, Kwargs
@@ -50,6 +51,7 @@ class Step(Struct, frozen=True, eq=False):
       arguments: those after the net, a batch in the place of the data.
       batched: names of their leaves that belong to the batch, in order.
       impl: PRNG implementation of the keys.
+      placement: the mesh over which the rows of a batch are cut.
       takes_loss: the optimizer's `update` takes `value`, `grad` and `value_fn`, too, as those do that search along a line.
     """
 
@@ -60,6 +62,7 @@ class Step(Struct, frozen=True, eq=False):
     batched: tuple[str, ...]
     impl: str
     takes_loss: bool = False
+    placement: Placement | None = None
 
     def step(
         self, state: TrainState, keys: Mapping[str, Leaf], number: Leaf, rows: HostArray | None, arguments: Kwargs
@@ -90,6 +93,9 @@ class Step(Struct, frozen=True, eq=False):
         }
         if rows is not None:
             arguments = {name: leaf[rows] if name in self.batched else leaf for name, leaf in arguments.items()}
+            if self.placement is not None:  # each device takes its own rows of the arrays, which it has
+                cut = partial(jax.lax.with_sharding_constraint, shardings=self.placement.of_rows(len(rows)))
+                arguments |= {name: cut(arguments[name]) for name in self.batched}
         args, kwargs = self.arguments.rebuild(arguments)
         loss_of = self.loss.of_parameters(run, state.variables, (keys, args, kwargs))
 

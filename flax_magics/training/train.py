@@ -13,16 +13,17 @@ from flax.core import unfreeze
 from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
-from ..base.measures import Timing
+from ..base.measures import MeshUse, Timing
 from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
+from ..compile.placement import DATA, Placement, in_force
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
-from ..execution.call import Call, initialising, prepare_init, request_of
-from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
+from ..execution.call import Call, initialising, prepare_init
+from ..execution.execute import RunVariables, held_variables, placed, plain_errors, wanted_of, with_added
 from ..models.base import MissingVariables
 from ..run import Note, Run
 from ..state.entry import ModelEntry
@@ -41,7 +42,7 @@ from .loss import Loss
 from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
-from .resumption import changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
+from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
 from .step import Step
 
 STILL = 50
@@ -88,7 +89,10 @@ def train_model(
         training_data.check_looks(options.eval_text, options.eval, line)
     begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
     most = None if options.steps is None else max(1, options.steps - finished)
-    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most)) as data:
+    placement = in_force(state.placement)
+    with closing(training_data.data_of(text, call.args[0], options.batch, begin, most, placement=placement)) as data:
+        if placement is not None:
+            training_data.check_divides(text, data, options.batch, placement, line)
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
         with plain_errors(of_batch), leaks_told(loss.name):
@@ -135,6 +139,7 @@ class Trainer:
             changes = (
                 *map(clean, resumed.changes),
                 *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+                *change_of_mesh(resumed, self.request.placement),
             )
         bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
         self.record = TrainingRecord(
@@ -169,7 +174,7 @@ class Trainer:
                 variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
-            request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
+            request = wanted_of(self.request, variables.entry, variables.values)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
             try:
                 self.traced: TracedCall[None] = trace_call(request)
@@ -187,6 +192,7 @@ class Trainer:
             arguments,
             arguments.names[: len(jax.tree_util.tree_leaves(self.data.first))],
             self.draw.impl,
+            placement=self.request.placement,
         )
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
@@ -199,6 +205,9 @@ class Trainer:
             if optimizer.text not in command:  # it was not written in a line
                 command = f"%flax_train --resume --optimizer {optimizer.text}"
             opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
+        placement = self.request.placement
+        if placement is not None:
+            opt_state = placement.of_variables(opt_state, self.loss.model.annotations(), before=placement)
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
@@ -226,6 +235,8 @@ class Trainer:
             batch=options.batch,
         )
         beginning = started(values, opt_state)
+        if placement is not None:
+            beginning = beginning._replace(alive=jax.device_put(beginning.alive, placement.replicated))
         self.programs = StepPrograms(
             self.traced.request, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
@@ -255,7 +266,8 @@ class Trainer:
         values, record = init.finish()
         source = WeightSource.initialised(self.draw, values)
         entry = entry.with_variables(values, source, replace(record, method=self.ready.loss.function))
-        return RunVariables(entry, values, made_of(values), 0.0, source.describe(self.draw.seed), taken=True)
+        text = source.describe(self.draw.seed)
+        return placed(request, RunVariables(entry, values, made_of(values), 0.0, text, taken=True))
 
     def _notes(self) -> tuple[Note, ...]:
         """The sharp bits that are known before the first step."""
@@ -278,6 +290,7 @@ class Trainer:
         if self.resumed is not None:
             remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
             remarks += (Note("resume", change) for change in self.record.changes)
+        remarks += notes_of_last(self.data, self.options.batch, self.request.placement)
         if self.variables.made is not None:
             remarks += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -405,11 +418,20 @@ class Trainer:
             program=programs.origin,
             timing=timing,
             final=final,
+            mesh=self._mesh(final=final),
         )
         self._has_committed = True
         self.commit(progress)
         self.services.seen.went_into(self.draw, self.keys_in_call.values())
         return progress.run
+
+    def _mesh(self, *, final: bool) -> MeshUse | None:
+        """What the steps make of the session's mesh; at the end with what they send between devices."""
+        placement, inputs = self.request.placement, self.traced.request.arguments.dynamic
+        if placement is None:
+            return None
+        sent = self.programs.text if final else None
+        return placement.use(inputs, self.loop.state.variables, (), lambda: sent)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -418,3 +440,14 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
+
+
+def notes_of_last(data: Data, batch: int | None, placement: Placement | None) -> tuple[Note, ...]:
+    """A note where the last, shorter batch of an epoch cannot be cut into equal parts."""
+    if placement is None or batch is None or not isinstance(data, ArrayData):
+        return ()
+    rows = data.size % batch
+    if not rows % placement.parts:
+        return ()
+    has = f"the last batch of each epoch has {plural(rows, 'row')}"
+    return (Note("mesh", f"{has}, which {DATA}={placement.parts} does not divide: it is whole on each device"),)

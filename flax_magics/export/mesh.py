@@ -1,0 +1,200 @@
+"""The lines for `%flax_mesh`, and what a mesh adds to the lines of a run: where its arrays are put."""
+
+from __future__ import annotations
+
+from ..base.measures import MeshUse
+from ..compile.placement import DATA, names_in_tree
+from ..line.axes import read
+from .context import CommandLines, ScriptModel
+from .functions import CannotSay, SplitArguments
+
+CUT, WHOLE = f"cut over {DATA}", "whole on each"
+"""How `MeshUse` says that the leading axis of an array is cut, and that each device has all of it."""
+
+
+def mesh_lines(command: CommandLines) -> list[str]:
+    """`%flax_mesh`: makes a mesh and two shardings, or puts the variables back on one device."""
+    context, writer, written = command.context, command.writer, command.site.parsed.rest.strip()
+    if command.site.target:
+        raise CannotSay(f"its value is a report of %{command.site.name}")
+    if not written:
+        return []
+    if written == "off":
+        models = [model for model in context.models.values() if model.name in context.laid_out]
+        context.mesh, context.laid_out = "", set()
+        return [_put(command, model, "jax.devices()[0]") for model in models]
+    axes = read(written)
+    context.mesh, context.laid_out = written, set()
+    writer.needs.add("jax")
+    known = [size for size in axes.values() if size != -1]
+    others = " * ".join(map(str, known))
+    left = "len(jax.devices())" + (f" // ({others})" if len(known) > 1 else f" // {others}" if known else "")
+    sizes = ", ".join(left if size == -1 else str(size) for size in axes.values())
+    types = "(jax.sharding.AxisType.Auto,)" + (f" * {len(axes)}" if len(axes) > 1 else "")
+    comma = "," * (len(axes) == 1)
+    names = ", ".join(map(writer.text, axes))
+    mesh, cut, whole = names_of(command)
+    context.assigned |= {mesh, cut, whole}
+    batch = writer.text(DATA) if DATA in axes else ""
+    return [
+        f"{mesh} = jax.make_mesh(({sizes}{comma}), ({names}{comma}), axis_types={types})",
+        f"{cut} = jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec({batch}))",
+        f"{whole} = jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec())",
+    ]
+
+
+def names_of(command: CommandLines) -> tuple[str, str, str]:
+    """The script's variables for the mesh, and for the two shardings of arrays on it.
+
+    Each mesh has its own: a jitted function that reads one is traced once, and for another mesh it is another function.
+    """
+    writer, written = command.writer, command.context.mesh
+    axes = "_".join(f"{name}_{size}" if size != -1 else name for name, size in read(written).items())
+
+    def name(purpose: str) -> str:
+        key = f"{purpose} {written}"
+        if key not in writer.spare:
+            writer.spare[key] = writer.free.take(purpose, f"{purpose}_{axes}")
+        return writer.spare[key]
+
+    return name("mesh"), name("over_data"), name("replicated")
+
+
+def mesh_of(command: CommandLines) -> MeshUse | None:
+    """The mesh that the runs of a command were laid out on; None where they were on one device.
+
+    Raises:
+      CannotSay: it is another for each, or no line of the script makes it.
+    """
+    uses = [run.mesh for run in command.runs]
+    if len({"" if use is None else use.name for use in uses}) > 1:
+        raise CannotSay("each of its runs was on another mesh")
+    use = uses[-1]
+    written = command.context.mesh
+    if use is not None and (not written or [*read(written)] != [name for name, _ in use.axes]):
+        raise CannotSay(f"the mesh that it ran on, {use.name}, is made by no line of the script")
+    return use
+
+
+def variables_on_mesh(command: CommandLines) -> list[str]:
+    """The line that puts the variables of the command's model on the mesh; none where they are there.
+
+    Raises:
+      CannotSay: they are annotated with axes that the mesh does not have, or the mesh is not the script's.
+    """
+    use, model, context = mesh_of(command), command.model, command.context
+    if use is None or command.options.get("variables") is not None:
+        return []
+    if command.options.get("eager"):
+        raise CannotSay("what runs op by op on a mesh has no lines yet")
+    if not command.site.path:
+        if model.name in context.laid_out and not command.initialising:
+            return []
+        context.laid_out.add(model.name)
+    whole = names_of(command)[2]
+    if all(lies.how == WHOLE for lies in use.variables):
+        return [_put(command, model, whole)]
+    return [_put(command, model, _annotated(command, model, use))]
+
+
+def _put(command: CommandLines, model: ScriptModel, where: str) -> str:
+    """The line that puts a model's variables somewhere."""
+    if not model.holds:
+        command.context.assigned.add(model.variables)
+        return f"{model.variables} = jax.device_put({model.variables}, {where})"
+    command.writer.needs |= {"nnx", "jax"}
+    return f"nnx.update({model.name}, jax.device_put(nnx.state({model.name}), {where}))"
+
+
+def _annotated(command: CommandLines, model: ScriptModel, use: MeshUse) -> str:
+    """The shardings by a model's annotations, as an expression."""
+    mesh = names_of(command)[0]
+    names = names_in_tree(model.loaded) if not model.holds else None
+    if names is None or not names <= {name for name, _ in use.axes}:
+        raise CannotSay("its variables lie on the mesh as plain lines do not put them")
+    command.writer.needs |= {"nn", "jax"}
+    return f"nn.get_sharding({model.variables}, {mesh})"
+
+
+def arguments_on_mesh(command: CommandLines, arguments: SplitArguments) -> None:
+    """Puts the values of a function's parameters on the mesh, as the runs of the command had them.
+
+    Raises:
+      CannotSay: parts of one argument lie there in different ways, or the mesh is not the script's.
+    """
+    use = mesh_of(command)
+    if use is None:
+        return
+    _, cut, whole = names_of(command)
+    for place, (written, path) in enumerate(zip(arguments.outside, arguments.paths, strict=True)):
+        inside = [
+            lies.how for lies in use.inputs if lies.name == path or lies.name.startswith((f"{path}[", f"{path}."))
+        ]
+        if written.startswith("*"):
+            raise CannotSay("its starred arguments have no lines on a mesh")
+        ways = {CUT: cut, WHOLE: whole}
+        if len(set(inside)) > 1:
+            raise CannotSay(f"parts of `{written}` are cut over the mesh, and others are not")
+        # What the user has laid out lies where the cells have put it.
+        if inside and inside[0] in ways:
+            arguments.outside[place] = f"jax.device_put({written}, {ways[inside[0]]})"
+
+
+def updates_on_mesh(command: CommandLines, value: str) -> list[str]:
+    """The body of a linen model's function whose updates are laid out as the variables in whose place they come."""
+    _, _, whole = names_of(command)
+    return [f"output, updates = {value}", f"return output, jax.lax.with_sharding_constraint(updates, {whole})"]
+
+
+class TrainingOnMesh:
+    """What a mesh adds to the lines of a training: where data, batches and state are put.
+
+    Raises:
+      CannotSay: variables are cut as they are annotated, or the training went on on other devices.
+    """
+
+    def __init__(self, command: CommandLines) -> None:
+        use = mesh_of(command)
+        self.is_used, self._command = use is not None, command
+        if use is None:
+            return
+        if any(lies.how != WHOLE for lies in use.variables):
+            raise CannotSay("a training of variables that are cut over a mesh has no lines yet")
+        run = command.runs[-1]
+        if run.trained is not None and run.trained.task.parts:
+            raise CannotSay("a training that goes on on a mesh has no lines yet")
+        self.mesh, self.cut, self.whole = names_of(command)
+        self._may_be_whole = any(note.kind == "mesh" for note in run.notes)
+
+    def variables(self) -> list[str]:
+        """The line that puts the variables there."""
+        return variables_on_mesh(self._command) if self.is_used else []
+
+    def data(self, value: str, *, whole: bool) -> str:
+        """The arrays on the mesh: `whole` on each device, of which steps take rows, or cut, where a step takes all."""
+        return f"jax.device_put({value}, {self.whole if whole else self.cut})" if self.is_used else value
+
+    def rows(self, batch: str) -> str:
+        """The batch that a step takes of the arrays."""
+        if not self.is_used:
+            return batch
+        cut = self.cut
+        if self._may_be_whole:  # the last, shorter batch cannot be cut
+            text = self._command.writer.text(DATA)
+            cut = f"{self.cut} if len(rows) % {self.mesh}.shape[{text}] == 0 else {self.whole}"
+        return f"jax.lax.with_sharding_constraint({batch}, {cut})"
+
+    def batch(self, batch: str) -> str:
+        """A batch that comes from the host, cut where its rows can be."""
+        if not self.is_used:
+            return batch
+        rows, text = f"len(jax.tree.leaves({batch})[0])", self._command.writer.text(DATA)
+        return f"jax.device_put({batch}, {self.cut} if {rows} % {self.mesh}.shape[{text}] == 0 else {self.whole})"
+
+    def state(self, state: str) -> str:
+        """The state after a step, laid out as that before it."""
+        return f"jax.lax.with_sharding_constraint({state}, {self.whole})" if self.is_used else state
+
+    def opt_state(self, state: str) -> str:
+        """The optimizer's state before the first step."""
+        return f"jax.device_put({state}, {self.whole})" if self.is_used else state

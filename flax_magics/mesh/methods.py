@@ -1,0 +1,110 @@
+"""The method of a `Session` that chooses the mesh its runs are laid out on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import jax
+from msgspec.structs import replace
+
+from ..base.measures import default_device
+from ..base.private import is_in_mesh
+from ..base.threads import until_committed
+from ..compile.placement import Placement, of_devices, on_one_device
+from ..errors import FlaxMagicsError
+from ..execution import surroundings
+from ..execution.surroundings import stand_outside
+from ..line.axes import as_text, check, read
+
+if TYPE_CHECKING:
+    from ..base.types import PyTree
+    from ..state.entry import ModelEntry
+    from ..state.state import State
+
+Write = Callable[[], None]
+
+
+class MeshMethods:
+    """The part of a Session that chooses devices."""
+
+    _state: State
+    _in_place_of: Callable[[State], AbstractContextManager[None]]
+
+    def mesh(self, axes: Mapping[str, int] | str | None = None, /, **sizes: int) -> Placement | None:
+        """Lays out runs over a mesh from now on, and returns it; without arguments the present one, None where none is.
+
+        The leading axis of arrays in a call is cut over the axis `data`. Variables are whole on each device, or cut as
+        their annotations say (`nn.with_partitioning`, an NNX Variable's sharding). A mesh or sharded arrays of your own
+        stand. Its `mesh` is the `jax.sharding.Mesh`, its `batch` and `replicated` are shardings for arrays of your own.
+
+        Args:
+          axes, sizes: axis → number of devices, as `mesh(data=4, model=2)` or `mesh("data=4,model=2")`; one of them may be
+            -1, for all that are left. "off" goes back to one device.
+
+        Raises:
+          FlaxMagicsError: they do not go with the devices, or an annotated variable cannot be cut so.
+        """
+        if axes is None and not sizes:
+            return self._state.placement
+        if axes == "off":
+            stand_outside(surroundings.of_state, "%flax_mesh off", "%flax_mesh off")
+            return self._placed_on(None)
+        wanted = {**(read(axes) if isinstance(axes, str) else axes or {}), **sizes}
+        check(wanted)
+        line = f"%flax_mesh {as_text(wanted)}"
+        stand_outside(surroundings.of_state, line, line)
+        if jax.process_count() > 1:
+            message = f"{line}: this job has {jax.process_count()} processes, and a session's mesh is of one."
+            raise FlaxMagicsError(message, hint="arrays that you shard yourself run sharded")
+        if is_in_mesh():
+            message = "a mesh of your own is set here, and it stands: runs inside it are laid out by what you write."
+            raise FlaxMagicsError(message, hint=f"outside of it (no jax.set_mesh, no `with mesh:`) {line} sets one")
+        return self._placed_on(of_devices(wanted, jax.devices(default_device().platform)))
+
+    @until_committed
+    def _placed_on(self, placement: Placement | None) -> Placement | None:
+        """Makes it the session's, and moves all variables there; of None to one device. All of it or nothing."""
+        before = self._state
+        entries, writes = {}, []
+        for name, entry in before.models.items():
+            entries[name], write = _moved(entry, before.placement, placement)
+            writes += [] if write is None else [write]
+        with self._in_place_of(before):
+            for write in writes:
+                write()
+            self._state = replace(before, models=entries, placement=placement)
+        if before.placement is not None:
+            before.placement.forget()
+        return placement
+
+
+def _moved(entry: ModelEntry, before: Placement | None, after: Placement | None) -> tuple[ModelEntry, Write | None]:
+    """An entry with its variables, and what a training of it left, on the mesh; what writes them into an NNX module."""
+    annotations = entry.model.annotations()
+    is_active = after is not None and after.mesh.size > 1
+
+    def move(tree: PyTree) -> PyTree:
+        if after is not None and is_active:
+            return after.of_variables(tree, annotations, before=before)
+        return tree if before is None else on_one_device(tree, before)
+
+    held = entry.held
+    if held is None:
+        return entry, None
+    values = move(held)
+    leaves = zip(*map(jax.tree_util.tree_leaves, (values, held)), strict=True)
+    if all(now is was for now, was in leaves):
+        return entry, None
+    source = entry.source_now()
+    in_module = entry.variables is None
+    source = source and source.over(values, in_module=in_module)
+    training = entry.training
+    if training is not None:
+        training = replace(training, opt_state=move(training.opt_state))
+    entry = replace(entry, source=source, training=training)
+    if not in_module:
+        return replace(entry, variables=values), None
+    module = entry.nnx.model
+    return entry, lambda: module.assign(values)
