@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from lab import CELLS, MISSING, cell, make_dark, menu, opened, serving
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-MISSING = [name for name in ("jupyterlab", "playwright") if find_spec(name) is None] + (
-    [] if CHROMIUM else ["chromium"]
-)
-
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
         bool(MISSING), reason=f"JupyterLab is driven in Chromium by Playwright; missing: {', '.join(MISSING)}"
     ),
 ]
-
-SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
-}
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-]
-
 
 SUMMARY = (
     """%%flaxmodel
@@ -91,58 +67,19 @@ def address(home, tmp_path_factory) -> Iterator[str]:
             each.outputs, each.execution_count = [], None
     example.cells += [nbformat.v4.new_code_cell(source) for source in SUMMARY]
     nbformat.write(example, files / EXAMPLE.name)
-    for name, values in SETTINGS.items():
-        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    environment = {
-        **os.environ,
-        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-    }
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={files}"]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            found = running(home, server, folder / "log")
-            yield f"http://127.0.0.1:{found['port']}/lab/tree/{EXAMPLE.name}?token={found['token']}&reset"
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def running(home: Path, server: subprocess.Popen[Any], log: Path) -> dict[str, Any]:
-    """What the server wrote of itself once it listens."""
-    path = home / "jupyter_runtime_dir" / f"jpserver-{server.pid}.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            return dict(json.loads(path.read_text()))
-        except (FileNotFoundError, json.JSONDecodeError):
-            time.sleep(0.1)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
+    with serving(files, folder, home / "jupyter_runtime_dir") as address_of:
+        yield address_of(EXAMPLE.name)
 
 
 @pytest.fixture(scope="module")
 def page(address) -> Iterator[Any]:
     """The example opened, and all of it run."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        page = browser.new_page(viewport={"width": 1280, "height": 1600})
-        page.set_default_timeout(60_000)
-        page.goto(address)
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    with opened(address, width=1280, height=1600) as page:
         menu(page, "Run", "Run All Cells")
         page.wait_for_function(f"({STARTED})() && !({WAITING})()")
         yield page
-        browser.close()
 
 
-CELLS = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]"
 PROMPTS = CELLS + ".map(cell => cell.querySelector('.jp-InputPrompt').textContent)"
 STARTED = f"() => {PROMPTS}.some(text => /\\d/.test(text))"
 WAITING = f"() => {PROMPTS}.some(text => text.includes('*'))"
@@ -153,21 +90,6 @@ LUMINANCE = """element => {
 }"""
 WIDER = f"""() => [...document.querySelectorAll('{REPORTS}')]
   .filter(report => report.scrollWidth > report.parentElement.clientWidth + 1).length"""
-
-
-def menu(page: Any, *names: str) -> None:
-    page.locator(".lm-MenuBar-itemLabel").get_by_text(names[0], exact=True).click()
-    for name in names[1:]:
-        page.locator(".lm-Menu-itemLabel").get_by_text(name, exact=True).click()
-
-
-def cell(page: Any, source: str) -> Any:
-    """The cell whose source begins so."""
-    number = page.evaluate(
-        f"start => {CELLS}.findIndex(cell => cell.querySelector('.cm-content').innerText.startsWith(start))", source
-    )
-    assert number >= 0, f"no cell begins with {source!r}"
-    return page.locator(".jp-Notebook .jp-CodeCell").nth(number)
 
 
 def report(page: Any, source: str) -> Any:
@@ -295,8 +217,7 @@ def test_the_tree_of_the_variables_has_pictures(page):
 def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     train = report(page, "y_train = ")
     assert train.evaluate(LUMINANCE) < 100
-    menu(page, "Settings", "Theme", "JupyterLab Dark")
-    page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
+    make_dark(page)
     page.screenshot(path=tmp_path / "dark.png", full_page=True)
     train.screenshot(path=tmp_path / "report.png")
     assert train.evaluate(LUMINANCE) > 155
