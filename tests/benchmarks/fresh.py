@@ -91,11 +91,15 @@ def sessions(keys: Collection[str], rounds: int) -> Seconds:
     by_hand, ours = [("", [IMPORTS, NOTHING])], [("", [IMPORTS, LOAD])]
     by_hand.append(("cold/by hand", [MODEL, INIT + BY_HAND]))
     ours += _ours("cold", MODEL, "compiled")
+    same_program = [key for (key, *_), _, program in edits if program == "reused"]
     for (key, *_), edit, program in edits:
         cell = edit(MODEL)
         if edit in (str, _comments):
             by_hand.append((f"{key}/floor", [cell, "%nothing net(x)"]))
-        by_hand.append((f"{key}/by hand", [cell, (INIT if program == "compiled" else SPLIT) + BY_HAND]))
+        if program == "compiled":
+            by_hand.append((f"{key}/by hand", [cell, INIT + BY_HAND]))
+        elif key == same_program[0]:
+            by_hand.append(("edited/by hand", [cell, SPLIT + BY_HAND]))
         ours += _ours(key, cell, program)
     restart = [("", [IMPORTS, LOAD]), *_ours("restart", MODEL, "disk cache")]
 
@@ -107,7 +111,9 @@ def sessions(keys: Collection[str], rounds: int) -> Seconds:
         with tempfile.TemporaryDirectory() as cache:
             turns += [run(cache) for run in (lambda _: in_shell(by_hand), both)[:: 1 if i % 2 == 0 else -1]]
     seconds = _together(turns)
-    return seconds | {"restart/by hand": seconds["cold/by hand"]}
+    seconds["restart/by hand"] = seconds["cold/by hand"]
+    # Whatever the edit is, by hand the program is compiled anew.
+    return seconds | {f"{key}/by hand": seconds["edited/by hand"] for key in same_program}
 
 
 def _ours(key: str, cell: str, program: str) -> Laps:

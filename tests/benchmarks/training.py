@@ -158,69 +158,75 @@ before = held('VmRSS')
 """What the process holds, in bytes: `VmRSS` now, `VmHWM` at most from now on."""
 
 
-def _line(call: str, steps: int) -> str:
+def _line(call: str, steps: int | str) -> str:
     return f"%flax_train -q --optimizer tx --batch 128 --steps {steps} {call}"
 
 
 class Window(NamedTuple):
-    """A row of trainings of so many steps.
+    """Trainings that take so many seconds by hand, whatever the machine: a row for each way to write them by hand.
 
     Attributes:
-      steps: so many take some ten seconds by hand.
-      by_hand: the call that does them.
+      trial: so many steps take some half a second by hand; how long they do says how many a window has.
+      by_hand: for each row the call that does `steps` of them.
       ours: the loss's.
       setup: a cell before them.
     """
 
-    row: Row
-    steps: int
-    by_hand: str
+    rows: tuple[Row, ...]
+    trial: int
+    by_hand: tuple[str, ...]
     ours: str
     setup: str = ""
 
-    def laps(self, rounds: int, share: int) -> Iterator[tuple[str, list[str]]]:
-        """By hand and ours in turn, in both orders, of so many times fewer steps.
+    def laps(self, pairs: int, seconds: int) -> Iterator[tuple[str, list[str]]]:
+        """By hand and ours in turn, in both orders.
 
-        Before them a quarter of the steps, not measured: of fewer the programs of the whole would not be compiled.
+        What comes before them is not measured. Ours does what takes three seconds by hand, since in a shorter training
+        steps are not tried in groups; a step of the CNN is too long for one.
         """
+        line = _line(self.ours, "{steps}").removeprefix("%flax_train ")  # in which IPython fills in nothing
+        ours = f"get_ipython().run_line_magic('flax_train', f'{line}')"
         yield "", [self.setup] if self.setup else []
-        for n in range(rounds + 1):
-            steps = self.steps // (share if n else 4)
-            by_hand = self.by_hand.replace("STEPS", str(steps if n else 100))
-            laps = [("by hand", by_hand), ("ours", _line(self.ours, steps))]
-            for who, cell in laps[:: 1 if n % 2 else -1]:
-                yield f"{self.row.key}/{who}" if n else "", [cell]
+        yield "", [f"steps = {min(self.trial, 100)}", *self.by_hand, f"steps = {self.trial}"]
+        first = self.by_hand[0]
+        yield "", [f"began = time.perf_counter()\n{first}\nin_a_second = steps / (time.perf_counter() - began)"]
+        yield "", ["steps = round(in_a_second * (3 if in_a_second > 200 else 0.5))", ours]
+        yield "", [f"steps = round({seconds} * in_a_second)"]
+        names = [f"{row.key}/by hand" for row in self.rows]
+        laps = [*zip(names, self.by_hand, strict=True), (f"{self.rows[0].key}/ours", ours)]
+        for n in range(pairs):
+            for name, cell in laps[:: -1 if n % 2 else 1]:
+                yield name, [cell]
 
 
 WINDOWS = (
     Window(
-        Row("train", "a 64-128-10 MLP, batch 128, adamw, against a program for the batch and one for the step", 0.77),
-        40_000,
-        "trained(steps_of['two'], states['two'], STEPS)",
+        (
+            Row(
+                "train", "a 64-128-10 MLP, batch 128, adamw, against a program for the batch and one for the step", 0.77
+            ),
+            Row("train-one", "the same against batch and step in one program", 0.87),
+        ),
+        1_000,
+        ("trained(steps_of['two'], states['two'], steps)", "trained(steps_of['one'], states['one'], steps)"),
         "loss(net, train)",
     ),
     Window(
-        Row("train-one", "the same against batch and step in one program", 0.87),
-        40_000,
-        "trained(steps_of['one'], states['one'], STEPS)",
-        "loss(net, train)",
-    ),
-    Window(
-        Row("train-norm", "the same with BatchNorm and Dropout", 0.83),
-        30_000,
-        "trained(steps_of['normed'], states['normed'], STEPS)",
+        (Row("train-norm", "the same with BatchNorm and Dropout", 0.83),),
+        800,
+        ("trained(steps_of['normed'], states['normed'], steps)",),
         "loss_in_mode(normed, train)",
     ),
     Window(
-        Row("train-nnx", "the MLP in NNX, against nnx.jit and nnx.Optimizer", 0.33),
-        10_000,
-        "trained_nnx(STEPS)",
+        (Row("train-nnx", "the MLP in NNX, against nnx.jit and nnx.Optimizer", 0.33),),
+        500,
+        ("trained_nnx(steps)",),
         "loss(module, train)",
     ),
     Window(
-        Row("train-cnn", "a CNN of some 20 ms a step, against one program", 1.02),
-        500,
-        "trained(steps_of['cnn'], states['cnn'], STEPS)",
+        (Row("train-cnn", "a CNN of some 20 ms a step, against one program", 1.02),),
+        40,
+        ("trained(steps_of['cnn'], states['cnn'], steps)",),
         "loss(cnn, train)",
     ),
 )
@@ -228,30 +234,34 @@ if importlib.util.find_spec("keras"):  # no package that the benchmarks need: as
     WINDOWS = (
         *WINDOWS,
         Window(
-            Row("train-keras", "the MLP, against Keras 3's `fit` on JAX with its bar", None),
-            10_000,
-            "kerasnet.fit(image, label, batch_size=batch, epochs=STEPS // 100, verbose=1)",
+            (Row("train-keras", "the MLP, against Keras 3's `fit` on JAX with its bar", None),),
+            500,
+            ("kerasnet.fit(image, label, batch_size=batch, epochs=steps // 100, verbose=1)",),
             "loss(net, train)",
             KERAS,
         ),
     )
-MEMORY = Row("train-memory", "the most memory that 20 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
+MEMORY = Row("train-memory", "the most memory that 10 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
 FIRST = Row("train-first", "the first step of a training in a fresh process, model and optimizer made", 1.1)
 
 
 def measured(keys: Collection[str], rounds: int) -> Seconds:
     """Windows of trainings, all in one process; each of ours is a new training from the weights of the last.
 
-    Three of each; with few rounds two, of a tenth of the steps.
+    Three pairs of ten seconds by hand; with a single round one of a second.
     """
-    times, share = (3, 1) if rounds > 2 else (2, 10)
-    return in_shell(list(_laps([window for window in WINDOWS if window.row.key in keys], times, share)))
+    pairs, seconds = (3, 10) if rounds > 1 else (1, 1)
+    windows = [window for window in WINDOWS if any(row.key in keys for row in window.rows)]
+    measured = in_shell(list(_laps(windows, pairs, seconds)))
+    return measured | {
+        f"{row.key}/ours": measured[f"{window.rows[0].key}/ours"] for window in windows for row in window.rows
+    }
 
 
-def _laps(windows: Iterable[Window], rounds: int, share: int) -> Iterator[tuple[str, list[str]]]:
+def _laps(windows: Iterable[Window], pairs: int, seconds: int) -> Iterator[tuple[str, list[str]]]:
     yield "", CELLS
     for window in windows:
-        yield from window.laps(rounds, share)
+        yield from window.laps(pairs, seconds)
         yield "", ["assert flax_magics.session().runs[-1].kind.trains"]
 
 
@@ -262,11 +272,11 @@ def first(keys: Collection[str], rounds: int) -> Seconds:
 
 
 def memory(keys: Collection[str], rounds: int) -> Seconds:
-    """What 20 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
+    """What 10 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
     spent = "spent = held('VmHWM') - before"
-    by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
-    ours = [WIDE, PEAK, _line("loss(wide, train)", 20), spent]
-    return _fresh(MEMORY, [SETUP], by_hand, ours, rounds // 2)
+    by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 10)", spent]
+    ours = [WIDE, PEAK, _line("loss(wide, train)", 10), spent]
+    return _fresh(MEMORY, [SETUP], by_hand, ours, max(1, rounds // 2))
 
 
 def _fresh(row: Row, setup: list[str], by_hand: list[str], ours: list[str], rounds: int) -> Seconds:

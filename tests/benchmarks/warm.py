@@ -171,8 +171,9 @@ train = jax.jit(net.apply, static_argnames='train')
 bare_large = train.lower(weights, images, train=True, rngs={'dropout': dropout_key}).compile()
 """
 COMPLETE = """\
+import numpy as np
 from IPython.core.completer import provisionalcompleter
-globals().update({f'array{i}': jnp.zeros(i) for i in range(100)} | {f'name{i}': i for i in range(100)})
+globals().update({f'array{i}': jax.device_put(np.zeros(i, 'f')) for i in range(100)} | {f'name{i}': i for i in range(100)})
 def complete(line):
   with provisionalcompleter():
     return [match.text for match in get_ipython().Completer.completions(line, len(line))]
@@ -194,7 +195,7 @@ TEN_MS = Loop(
     "y = %flax_apply -q --train net(images)",
     runs=1,
 )
-LINEN = (
+IN_SHELL = (
     WARM,
     WARM._replace(
         row=Row("warm-inside", "the same, timed in the cell: without its end", None),
@@ -228,8 +229,6 @@ LINEN = (
         end=("run = flax_magics.session().runs[-1]", "%flax_history"),
         runs=1000,
     ),
-)
-MORE = (
     Loop(
         Row("nnx", "warm -q, an NNX MLP of two blocks, against its awaited nnx.jit call", 0.2),
         [*SMALL, NNX],
@@ -276,7 +275,7 @@ IN_KERNEL = (
         runs=1,
     ),
 )
-PROCESSES = (LINEN, MORE, ONE_CPU, IN_KERNEL)
+PROCESSES = (IN_SHELL, ONE_CPU, IN_KERNEL)
 
 
 def measured(loops: Iterable[Loop], keys: Collection[str], rounds: int) -> Seconds:
@@ -292,5 +291,5 @@ def _laps(chosen: Iterable[Loop], rounds: int) -> Laps:
         yield "", [*([RENEW] if run else []), *(cell for cell in loop.setup if cell not in run)]
         run += loop.setup
         # A single run is over so soon that there is time for more of them.
-        yield from loop.laps(rounds * {1: 20, 1000: 1}.get(loop.runs, 3))
+        yield from loop.laps(rounds * {1: 20, 1000: 1}.get(loop.runs, 2))
         yield "", ["assert not len(flax_magics.session()) or flax_magics.session().runs[-1].program == 'reused'"]
