@@ -169,18 +169,21 @@ def same_as(hand: ByHand, session: Any, run: Any) -> None:
 @pytest.mark.parametrize("case", NETS)
 def test_of_linen_it_is_the_loop_by_hand(case):
     net, loss, how = NETS[case]
+    # A last batch of fewer rows is one more program, which is compiled for two of the nets.
+    size, steps = (22, 9) if loss is switched_loss or case == "dense" else (16, 6)
+    data = {name: values[:size] for name, values in DATA.items()}
     session = session_of(net)
     run = session.train(
-        loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=3, freeze=[f"{one}/*" for one in how.get("frozen", ())]
+        loss, "net", data, optimizer=ADAMW, batch=8, epochs=3, freeze=[f"{one}/*" for one in how.get("frozen", ())]
     )
     hand = ByHand(net, loss, ADAMW, **how)
-    hand.init({name: values[:8] for name, values in DATA.items()})
+    hand.init({name: values[:8] for name, values in data.items()})
     for epoch in range(3):
-        for rows in hand.rows(22, 8, epoch):
-            hand.take({name: values[rows] for name, values in DATA.items()})
+        for rows in hand.rows(size, 8, epoch):
+            hand.take({name: values[rows] for name, values in data.items()})
     same_as(hand, session, run)
-    assert (run.steps, run.draw, session.draws) == (9, 1, 1)
-    assert (run.trained.total, run.trained.epoch, run.trained.examples) == (9, 3, 66)
+    assert (run.steps, run.draw, session.draws) == (steps, 1, 1)
+    assert (run.trained.total, run.trained.epoch, run.trained.examples) == (steps, steps // 3, 3 * size)
     assert bits(run.output) == bits(session.models["net"].variables)
 
 
