@@ -167,6 +167,7 @@ def test_a_training_that_was_interrupted_goes_on_where_its_cells_did(notebook, t
     assert looks_in(lines) == looks_of(train)
 
 
+@pytest.mark.alike
 def test_one_that_did_not_go_on_is_written_with_the_steps_that_are_finished(notebook, tmp_path):
     notebook(NORMED)
     notebook(LOSS)
@@ -194,6 +195,7 @@ def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, m
     assert lines[-2] == run.losses.tobytes().hex()
 
 
+@pytest.mark.alike
 def test_names_that_are_bound_again_stand_for_what_they_stood_for(notebook, tmp_path):
     script, lines = compared(
         notebook,
@@ -215,6 +217,7 @@ def test_names_that_are_bound_again_stand_for_what_they_stood_for(notebook, tmp_
     assert looks_in(lines) == looks_of(notebook.session.runs[-1])
 
 
+@pytest.mark.alike
 def test_a_net_and_a_loss_that_were_edited_before_it_goes_on(notebook, tmp_path):
     script = assert_same(
         notebook,
@@ -230,6 +233,7 @@ def test_a_net_and_a_loss_that_were_edited_before_it_goes_on(notebook, tmp_path)
     assert script.count("def train_step(") == 3
 
 
+@pytest.mark.alike
 def test_a_loss_in_its_own_cell_a_generator_and_an_optimizer_that_takes_the_loss(notebook, tmp_path):
     script = assert_same(
         notebook,
@@ -273,6 +277,7 @@ def from_a_file(notebook, file, *cells, after):
     return exported(notebook)
 
 
+@pytest.mark.alike
 def test_a_training_of_a_file_goes_on(notebook, tmp_path):
     script = from_a_file(
         notebook,
@@ -309,6 +314,7 @@ def test_that_of_an_nnx_module_goes_on_too(notebook, tmp_path):
     assert digests_of(printed(script, tmp_path)) == [notebook.session.runs[-1].digest]
 
 
+@pytest.mark.alike
 def test_one_of_a_file_that_is_another_now_says_so(notebook, tmp_path):
     script = from_a_file(
         notebook,

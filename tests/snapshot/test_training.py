@@ -278,6 +278,7 @@ TRAINED = """
 """
 
 
+@pytest.mark.alike
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_killed_again_and_again_it_ends_with_the_bits_of_one_that_was_not(path, api):
