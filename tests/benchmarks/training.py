@@ -241,7 +241,7 @@ if importlib.util.find_spec("keras"):  # no package that the benchmarks need: as
             KERAS,
         ),
     )
-MEMORY = Row("train-memory", "the most memory that 20 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
+MEMORY = Row("train-memory", "the most memory that 10 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
 FIRST = Row("train-first", "the first step of a training in a fresh process, model and optimizer made", 1.1)
 
 
@@ -272,10 +272,10 @@ def first(keys: Collection[str], rounds: int) -> Seconds:
 
 
 def memory(keys: Collection[str], rounds: int) -> Seconds:
-    """What 20 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
+    """What 10 steps take at most, over what the process holds before them; in bytes, each in a process of its own."""
     spent = "spent = held('VmHWM') - before"
-    by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 20)", spent]
-    ours = [WIDE, PEAK, _line("loss(wide, train)", 20), spent]
+    by_hand = [WIDE, BY_HAND, PEAK, "trained(one_program(wide), made(wide), 10)", spent]
+    ours = [WIDE, PEAK, _line("loss(wide, train)", 10), spent]
     return _fresh(MEMORY, [SETUP], by_hand, ours, max(1, rounds // 2))
 
 

@@ -171,8 +171,9 @@ train = jax.jit(net.apply, static_argnames='train')
 bare_large = train.lower(weights, images, train=True, rngs={'dropout': dropout_key}).compile()
 """
 COMPLETE = """\
+import numpy as np
 from IPython.core.completer import provisionalcompleter
-globals().update({f'array{i}': jnp.zeros(i) for i in range(100)} | {f'name{i}': i for i in range(100)})
+globals().update({f'array{i}': jax.device_put(np.zeros(i, 'f')) for i in range(100)} | {f'name{i}': i for i in range(100)})
 def complete(line):
   with provisionalcompleter():
     return [match.text for match in get_ipython().Completer.completions(line, len(line))]
