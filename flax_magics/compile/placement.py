@@ -75,6 +75,11 @@ class Placement(Struct, frozen=True, dict=True):
         return name_devices(set(self.mesh.devices.flat))
 
     @cached_property
+    def is_single(self) -> bool:
+        """Whether it is one device alone: runs are then what they are without a mesh."""
+        return bool(self.mesh.size == 1)
+
+    @cached_property
     def parts(self) -> int:
         """Into how many parts the leading axis of an array is cut."""
         return int(self.mesh.shape.get(DATA, 1))
@@ -288,7 +293,7 @@ def where_lies(tree: PyTree, name: str = "") -> Iterator[Lies]:
 
 def in_force(placement: Placement | None) -> Placement | None:
     """The placement, unless it has one device alone, or the user's own mesh is set: that one stands."""
-    return None if placement is None or placement.mesh.size == 1 or is_in_mesh() else placement
+    return None if placement is None or placement.is_single or is_in_mesh() else placement
 
 
 def on_one_device(tree: PyTree, placement: Placement) -> PyTree:

@@ -196,7 +196,8 @@ def apply_again(
     Args:
       caller: the frame that calls; see `surroundings`.
     """
-    if last.recipe.placement is not state.placement:
+    placement = state.placement
+    if last.recipe.placement is not (None if placement is None or placement.is_single else placement):
         return None
     started, programs, plan = time.time(), services.programs, last.plan
     program, inputs = plan.program, last.inputs(entry, call, programs)

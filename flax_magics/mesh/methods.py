@@ -83,10 +83,9 @@ class MeshMethods:
 def _moved(entry: ModelEntry, before: Placement | None, after: Placement | None) -> tuple[ModelEntry, Write | None]:
     """An entry with its variables, and what a training of it left, on the mesh; what writes them into an NNX module."""
     annotations = entry.model.annotations()
-    is_active = after is not None and after.mesh.size > 1
 
     def move(tree: PyTree) -> PyTree:
-        if after is not None and is_active:
+        if after is not None and not after.is_single:
             return after.of_variables(tree, annotations, before=before)
         return tree if before is None else on_one_device(tree, before)
 

@@ -19,7 +19,7 @@ def notice(placement: Placement | None) -> Notice:
     if placement is None:
         return NONE
     cut = f"the leading axis of arrays is cut into {placement.parts} parts"
-    if placement.mesh.size == 1:
+    if placement.is_single:
         cut = "one device, as without it"
     elif placement.parts == 1:
         cut = f"no axis `{DATA}`: arrays are whole on each device"
@@ -39,7 +39,7 @@ def cells(placement: Placement | None, models: Mapping[str, PyTree]) -> list[tup
 def mesh_bundle(placement: Placement | None, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax_mesh`: the line, and beneath it the devices."""
     line = notice(placement)
-    if placement is None or placement.mesh.size == 1:
+    if placement is None or placement.is_single:
         rows, text = [], [notice_text(line)]
     else:
         rows, text = (

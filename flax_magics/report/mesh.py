@@ -19,6 +19,7 @@ SHOWN = 64
 def drawing(axes: Sequence[tuple[str, int]], devices: Sequence[str]) -> list[tuple[str, ...]]:
     """The mesh as rows of cells: its last axis from left to right, all others downwards."""
     *down, (across, columns) = axes
+    devices = [clean(device) for device in devices]
     shown = min(columns, SHOWN)
     more = ("…",) if shown < columns else ()
     rows = [("", *(f"{clean(across)} {n}" for n in range(shown)), *more)]

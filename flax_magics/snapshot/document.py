@@ -68,11 +68,14 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(model.parameters for model in self.models)
 
 
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
 class SavedMesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a run made of a mesh, as a file has it; see `MeshUse`."""
 
-    axes: Annotated[tuple[tuple[str, Annotated[int, msgspec.Meta(ge=1)]], ...], msgspec.Meta(min_length=1)]
-    devices: tuple[str, ...]
+    axes: Annotated[tuple[tuple[str, _Size], ...], msgspec.Meta(min_length=1, max_length=8)]
+    devices: Annotated[tuple[str, ...], msgspec.Meta(max_length=1 << 16)]
     inputs: tuple[Lies, ...]
     variables: tuple[Lies, ...]
     output: tuple[Lies, ...]

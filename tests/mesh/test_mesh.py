@@ -1,4 +1,4 @@
-"""`%flax_mesh`: the same session on one device and on several of this host's, in two processes that have eight."""
+"""`%flax_mesh`: the same session on one device and on several of this host's, in processes that have eight."""
 
 from __future__ import annotations
 
@@ -219,6 +219,65 @@ TRAININGS = f"""{HEAD}
             assert loaded.replay(run).agreement.identical
     print("done")
 """
+
+
+CELLS = [
+    "%load_ext flax_magics",
+    "import jax, jax.numpy as jnp, optax\nfrom flax import linen as nn, nnx",
+    "x = jax.random.normal(jax.random.key(3), (16, 4))",
+    """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    make = nn.with_partitioning(nn.initializers.lecun_normal(), (None, 'model'))
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8, kernel_init=make)(x))
+    return nn.Dropout(0.5, deterministic=not train)(x)""",
+    """%%flaxmodel own = Own()
+class Own(nnx.Module):
+  def __init__(self, *, rngs):
+    self.linear, self.norm = nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+  def __call__(self, x):
+    return self.dropout(self.norm(self.linear(x)))""",
+    "def loss(net, x, weights, train=True):\n  return (net(x, train=train) ** 2).mean() * weights.sum()",
+    "def own_loss(net, x):\n  return (net(x) ** 2).mean()",
+    "y = %flax_apply net(x)",
+    "%flax_mesh data=-1",
+    "y = %flax_apply --train net(x)\nz = %flax_apply --train own(x)",
+    "rows = x[:14]\n%flax_train -q --optimizer optax.adam(1e-2) --batch 8 --epochs 2 --eval x own_loss(own, rows)",
+    "%flax_mesh data=2,model=2",
+    "for _ in range(2):\n  y = %flax_apply --train net(x)",
+    "gradients = %flax_grad loss(net, x, jnp.ones(3))",
+    "%flax_apply own(x);",
+    "%flax_mesh off",
+    "%flax_apply --train net(x);\n%flax_apply own(x);",
+]
+EXPORT = f"""
+    import contextlib, io
+    from IPython.core.interactiveshell import InteractiveShell
+    import flax_magics
+
+    for cell in {CELLS!r}:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            result = InteractiveShell.instance().run_cell(cell, store_history=True)
+        assert result.success, printed.getvalue()
+    script = flax_magics.session().run_export(plain=False)
+    assert script.unexported == (), script.unexported
+    assert "jax.device_put(variables, nn.get_sharding(variables, mesh" in script.text
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(script.text, "script.py", "exec"), {{"__name__": "__main__"}})
+    lines = [line for line in printed.getvalue().splitlines() if not line.startswith("namespace(")]
+    runs = flax_magics.session().runs
+    assert len(lines) == len(runs) == 11
+    # Of a construction nobody holds what it gave.
+    assert all(run.digest == line.split()[-1] for line, run in zip(lines[1:], runs[1:]))
+    print("done")
+"""
+
+
+@pytest.mark.usefixtures("optimised")
+def test_an_export_puts_arrays_on_the_mesh_and_gives_the_same_bits():
+    assert printed_by(EXPORT, "-W", "ignore", devices=8).endswith("done\n")
 
 
 @pytest.mark.usefixtures("optimised")
