@@ -54,7 +54,7 @@ Net.__doc__ = Held.__doc__ = loss.__doc__ = s
 %flax_apply --eager net(x, how={literal})
 %flax_apply --eager --mutable batch_stats net(x)
 %flax_apply --eager held(x)
-for _ in range(2): %flax_apply --eager held(x, s)
+for _ in range(2): get_ipython().run_line_magic('flax_apply', '--eager held(x, s)')
 %flax_summary net(x, s)
 %flax_summary held(x, s)
 %flax_summary net
