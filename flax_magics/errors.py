@@ -6,6 +6,7 @@ Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and s
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
@@ -36,6 +37,11 @@ class FlaxMagicsError(Exception):
         edit: str | None = None,
         hint: str | None = None,
     ) -> None:
+        # What a message quotes may come from anywhere: a file, a name in a dict, a line that was pasted.
+        message, (write, form, edit, hint) = (
+            visible(message),
+            (text and visible(text) for text in (write, form, edit, hint)),
+        )
         self.message, self.write, self.form, self.edit, self.hint = message, write, form, edit, hint
         below = [*(hint or "").splitlines(), *advice_lines(write, form, edit)]
         super().__init__("\n".join([message, *(f"  {line}" for line in below)]))
@@ -55,6 +61,24 @@ class FlaxMagicsError(Exception):
                 hints = [part for line in hints for part in wrapper.wrap(line)]
             lines = [*first, *hints, *below]
         return ["\n".join(lines)]
+
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def visible(text: str, *, keeps: str = "\n\t") -> str:
+    """`text` with its invisible characters as their escapes, those in `keeps` left out.
+
+    A user's strings may hold control characters, which a terminal obeys, and marks that reverse the text's direction.
+    """
+    if text.isascii() and text.isprintable():  # a fraction of the cost of looking up every character
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in keeps and unicodedata.category(character) in _HIDDEN
+        else character
+        for character in text
+    )
 
 
 def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:

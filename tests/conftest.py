@@ -206,19 +206,24 @@ class Notebook:
 
     def __call__(self, cell: str) -> str:
         """Runs a cell that must work; what it printed."""
-        self._capsys.readouterr()
+        self.read()
         result = self.shell.run_cell(cell, store_history=True)
-        out = self._capsys.readouterr().out
+        out = self.read()
         if result.error_before_exec or result.error_in_exec:
             raise AssertionError(f"{cell}\n{out}") from (result.error_before_exec or result.error_in_exec)
         return out.rstrip("\n")
 
     def fails(self, cell: str) -> str:
         """Runs a cell that must fail; what a person sees."""
-        self._capsys.readouterr()
+        self.read()
         result = self.shell.run_cell(cell, store_history=True)
         assert result.error_in_exec is not None, cell
-        return self._capsys.readouterr().out.rstrip("\n")
+        return self.read().rstrip("\n")
+
+    def read(self) -> str:
+        """What was printed since this was asked last."""
+        out: str = self._capsys.readouterr().out
+        return out
 
     @property
     def session(self) -> Any:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
+
+from ..errors import visible
 
 WIDTH = 80
 _width = WIDTH
@@ -19,7 +20,6 @@ DIGITS = 6
 LEAST = 20
 """The smallest width, in terminal cells, of the last column of a table."""
 _BREAKS = " /,.:;·→([{=_-"
-_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def width() -> int:
@@ -53,15 +53,11 @@ def _measure() -> Callable[[str], int]:
 
 
 def clean(text: str) -> str:
-    """One line that is safe to print: whitespace becomes single spaces, other invisible characters their escapes.
-
-    A user's strings may hold control characters, which a terminal obeys, and marks that reverse the text's direction.
-    """
+    """One line that is safe to print: whitespace becomes single spaces, other invisible characters their escapes."""
     # The common case, a fraction of the cost of looking up every character.
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip(" ")
-    spaced = " ".join(text.split())
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _HIDDEN else c for c in spaced)
+    return visible(" ".join(text.split()), keeps="")
 
 
 def clean_lines(text: str) -> list[str]:

@@ -128,17 +128,28 @@ class Journal:
         self._depth += 1
 
     def end(self, result: Any = None) -> None:
-        """IPython's `post_run_cell` hook."""
-        if not self._depth:  # the cell that loaded the extension: its `pre_run_cell` came before the hook was there
-            self._running = self._running._replace(text=str(getattr(result.info, "raw_cell", "") or ""), first=0)
+        """IPython's `post_run_cell` hook. `result`: None for a cell that was interrupted before it began."""
+        if result is None:
+            return
+        # Its `pre_run_cell` came before the hook was there, in the cell that loaded the extension, or was interrupted.
+        if not self._depth:
+            self._running = self._running._replace(text=str(getattr(result.info, "raw_cell", "") or ""))
         self._depth = max(self._depth - 1, 0)
         error = result.error_before_exec or result.error_in_exec
         # A nested cell that failed counts although its magic (`%%capture`) succeeds: the rest of it has not run.
         if error is not None:
             self._running = self._running._replace(error=type(error).__name__, line=failing_line(error))
         if not self._depth:
-            number = result.execution_count if getattr(result.info, "store_history", True) else None
-            self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
+            self._ended(result.execution_count if getattr(result.info, "store_history", True) else None)
+
+    def end_unheard(self, number: int) -> None:
+        """Records the cell that unloaded the extension, whose end was not told, once that is loaded again."""
+        self._depth = 0
+        self._ended(number)
+
+    def _ended(self, number: int | None) -> None:
+        self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
+        self._running, self._places = ExecutedCell(None, "", self.runs()), []
 
     def drew(self, runs_before: int, runs: int, names: object) -> None:
         """Records where in the cell a command made its runs; called after each command.

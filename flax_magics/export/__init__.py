@@ -30,7 +30,7 @@ from ..base.files import replace_file
 from ..base.text import plural
 from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
-from ..errors import FlaxMagicsError
+from ..errors import FlaxMagicsError, visible
 from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
@@ -300,7 +300,11 @@ def _line_of_grad(run: Run, loss: str, arguments: str, files: _Files) -> str:
 
 
 def script_bundle(code: str, style: str) -> dict[str, str]:
-    """The MIME bundle of Python code. As Markdown it has the syntax colors of every host."""
+    """The MIME bundle of Python code. As Markdown it has the syntax colors of every host.
+
+    What a terminal obeys is shown as its escape, which in a string of the code means the same.
+    """
+    code = visible(code)
     if style == "text":
         return {"text/plain": code}
     # A fence longer than any run of backticks in the code.

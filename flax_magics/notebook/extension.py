@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
-from ..cells.journal import in_notebook
+from ..cells.journal import Journal, in_notebook
 from ..code.library import library
 from ..errors import FlaxMagicsError
 from .completion import Matcher
 from .magics import FlaxMagics
+from .notebook import existing
 from .run_cell import line_magic_transformer
 
+if TYPE_CHECKING:
+    from .._session import Session
+
 _loaded: dict[Any, tuple[FlaxMagics, Matcher]] = {}
+_left: WeakKeyDictionary[Any, tuple[ref[Session], Journal, int]] = WeakKeyDictionary()
+"""For a shell that has unloaded it: its session then, the journal of the session's cells, and the number of that cell."""
 
 
 def load(shell: Any) -> None:
@@ -21,6 +28,11 @@ def load(shell: Any) -> None:
         return
     magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
+    session, journal, number = _left.pop(shell, (lambda: None, notebook.journal, 0))
+    if existing() is not None and session() is existing():  # else an export would not know whose draws these are
+        notebook.journal = journal
+        if number != notebook.number:
+            journal.end_unheard(number)
     notebook.fit_terminal()  # for the rest of this cell
     matcher = Matcher(shell, notebook.names, magics.traits(config=True))
     shell.register_magics(magics)
@@ -40,6 +52,8 @@ def unload(shell: Any) -> None:
     if shell not in _loaded:
         return
     magics, matcher = _loaded.pop(shell)
+    if (session := existing()) is not None:
+        _left[shell] = ref(session), magics.notebook.journal, magics.notebook.number
     shell.events.unregister("pre_run_cell", magics.notebook.begin_cell)
     shell.events.unregister("post_run_cell", magics.end_cell)
     library.in_cells(False)

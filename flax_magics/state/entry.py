@@ -141,7 +141,7 @@ class LinenEntry(AnyEntry, frozen=True):
     Attributes:
       variables: None until initialised.
       init: how the variables were initialised; None if they were assigned.
-      previous_init: the init whose variables the user replaced by others: it tells what fits the model.
+      previous_init: the init whose variables are there no more, or what it is after an edit: it tells what fits the model.
     """
 
     model: ModelWithInit
@@ -185,7 +185,7 @@ class LinenEntry(AnyEntry, frozen=True):
 
     def to_be_made_anew(self) -> LinenEntry:
         """The entry without variables, which its next use initialises."""
-        return self.with_variables(None, None)
+        return replace(self.with_variables(None, None), previous_init=self.last_init)
 
     def without_variables(self) -> Self:
         """The entry without arrays; see `AnyModel.without_arrays`."""

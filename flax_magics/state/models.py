@@ -127,11 +127,9 @@ def _compare_inits(old: LinenEntry, new: ModelEntry) -> tuple[ModelEntry, Regist
         return old, unchanged(old)
     model = new.linen.model
     entry = replace(old, model=model, fingerprint=new.fingerprint, static_ints=frozenset())
-    if old.variables is None:
-        return entry, Registration(old.name, "changed")
-    old_init = old.init
-    if old_init is None:  # assigned by the user: how they are made is unknown, so nothing can be compared
-        return entry, Registration(old.name, "changed", variables="kept")
+    old_init, init = old.last_init, None
+    if old_init is None:  # how variables are made is unknown, so nothing can be compared
+        return entry, Registration(old.name, "changed", variables="kept" if old.ready else "none")
     try:
         # The last init's call is traced with the new code; nothing is computed.
         init = initialised(model, old_init.key, old_init.method, old_init.args, old_init.kwargs)
@@ -140,8 +138,14 @@ def _compare_inits(old: LinenEntry, new: ModelEntry) -> tuple[ModelEntry, Regist
     else:
         comparable = init.shapes is not None and old_init.shapes is not None
         changes = differences(old_init.shapes, init.shapes) if comparable else ()
+    if old.variables is None:
+        return replace(entry, previous_init=init), Registration(old.name, "changed")
     if changes:
-        return entry.with_variables(None, None), Registration(old.name, "changed", changes, "dropped")
+        entry = replace(entry.with_variables(None, None), previous_init=init)
+        return entry, Registration(old.name, "changed", changes, "dropped")
+    if old.init is None:  # they were assigned: no init makes them
+        return replace(entry, previous_init=init), Registration(old.name, "changed", variables="kept")
+    assert init is not None
     # Only an equal init program is sure to make equal variables.
     same = comparable and init.program is not None and init.program == old_init.program
     entry = replace(entry, init=init) if same else replace(entry, outdated=True)

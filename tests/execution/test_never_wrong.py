@@ -465,13 +465,14 @@ def test_a_run_that_came_to_nothing_is_no_run_before_the_next(between, way):
 
 
 def test_commands_of_several_threads_take_draws_of_their_own():
+    threads, applies = (8, 500) if settings().max_examples > 5 else (3, 40)
     session = session_of(Normed())
     session.apply("net", X, mode="train")
     session.apply("net", X, mode="train")
     runs: list[Any] = []
 
     def work(i: int) -> None:
-        for n in range(40):
+        for n in range(applies):
             runs.append((n, session.apply("net", X + n % 3, mode="train")))
             if n % 10 == i:
                 session.key("latent")
@@ -481,12 +482,12 @@ def test_commands_of_several_threads_take_draws_of_their_own():
     switching = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        on_threads(*(functools.partial(work, i) for i in range(3)))
+        on_threads(*(functools.partial(work, i) for i in range(threads)))
     finally:
         sys.setswitchinterval(switching)
-    assert [run.draw for run in session.runs] == list(range(1, 2 + 3 * 44 + 1))
-    assert sorted(session.models) == ["net", "net0", "net1", "net2"]
-    assert session.models["net"].updates["batch_stats"] == 2 + 3 * 40
+    assert [run.draw for run in session.runs] == list(range(1, 2 + threads * (applies + applies // 10) + 1))
+    assert sorted(session.models) == sorted(["net", *(f"net{i}" for i in range(threads))])
+    assert session.models["net"].updates["batch_stats"] == 2 + threads * applies
     net, root = Normed(), jax.random.key(0)
     variables = net.init(keys_of(1)("params")["params"], X, train=False)
     inputs = {run.draw: X + n % 3 for n, run in runs}

@@ -33,7 +33,7 @@ def test_a_report_is_shown_as_text_as_html_and_as_data(notebook):
     (data,) = notebook.run("y = %flax_apply my_model(x)").displays
     assert set(data) == {"text/plain", "text/html", RUN_JSON}
     assert data["text/plain"].startswith("my_model · as written (training=False) · ")
-    assert 'class="flax-magics"' in data["text/html"]
+    assert 'class="flax-magics ' in data["text/html"]
     assert "<script" not in data["text/html"]
     run = data[RUN_JSON]
     assert (run["model"], run["call"], run["seed"], run["draw"]) == ("my_model", "my_model(x)", 0, 1)

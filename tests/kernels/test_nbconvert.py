@@ -41,7 +41,7 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         if tag == "div":
-            self.depth += bool(self.depth) or attributes.get("class") == "flax-magics"
+            self.depth += bool(self.depth) or "flax-magics" in (attributes.get("class") or "").split()
         if self.depth:
             self.found.append((tag, attributes))
 

@@ -113,3 +113,13 @@ def test_what_is_left_out_is_said(ran, tmp_path):
         "! not in the script: print(run.draw): `run` is not there: it is a Run of the\n"
         "  session"
     )
+
+
+@pytest.mark.parametrize("again", ["%reload_ext flax_magics", "%unload_ext flax_magics\n%load_ext flax_magics", ""])
+def test_it_has_the_cells_from_before_the_extension_was_loaded_again(ran, again):
+    before = ran("%flax_export --plain").rstrip("\n")
+    for cell in [again] if again else ["%unload_ext flax_magics", "n = 1", "%load_ext flax_magics"]:
+        ran(cell)
+    assert ran("%flax_export --plain").startswith(before)
+    ran("z = %flax_apply -q my_model(x)")
+    assert ran("%flax_export --plain").endswith("\nz = apply(variables, x)")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from interrupts import interrupted_after
 
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.line.call import CallExpression, parse_call
@@ -320,3 +321,13 @@ def test_a_semicolon_takes_no_value_from_a_name(shell: Any, commands: Commands, 
 def test_a_function_keeps_the_value_and_the_cell_displays_it(shell: Any, commands: Commands) -> None:
     cell = "def f():\n    y = %flax_apply double(2);\n    return y\nf()"
     assert run(shell, cell).result == 4
+
+
+def test_an_interrupt_while_the_magics_of_a_cell_are_read_is_all_that_is_told(notebook):
+    def interrupt(frame):
+        raise KeyboardInterrupt
+
+    with interrupted_after(0, interrupt):
+        notebook.shell.run_cell("%flax_key")
+    assert notebook.read() == ""
+    assert notebook("%flax_key").startswith("root key ")

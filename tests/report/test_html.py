@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from html_reader import EVIL, Reader
 from msgspec.structs import replace
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
+from flax_magics import report
 from flax_magics.base.measures import Cost, Limits
 from flax_magics.report.html import figures, report_html, segments
 from flax_magics.run import InitStats, Note
+
+TEMPLATES = Path(report.__file__).parent / "templates"
 
 
 def test_without_styles_a_line_reads_as_in_the_terminal() -> None:
@@ -130,3 +134,10 @@ def test_the_rates_and_the_memory_of_a_repeated_run_are_rows() -> None:
     ):
         assert f'<span class="fm-item">{item}</span>' in html
     assert "<caption>Memory, by XLA's analysis</caption>" in html
+
+
+def test_no_report_is_read_as_formulas() -> None:
+    # JupyterLab, nbviewer and nbconvert look for `$…$` in HTML, and typeset what a name or a number of dollars says.
+    for template in TEMPLATES.glob("*.html"):
+        roots = re.findall(r'<div class="(flax-magics[ "][^"]*)', template.read_text("utf-8"))
+        assert set(roots) <= {"flax-magics mathjax_ignore tex2jax_ignore"}, template.name

@@ -143,6 +143,26 @@ def test_an_edit_that_keeps_the_weights_keeps_where_they_came_from():
     assert session.apply("net", X).weights == "set in a script"
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_edit_that_set_weights_do_not_fit_drops_them_and_takes_none_like_them(restarted):
+    session = session_with_set_weights()
+    variables = session.models["net"].variables
+    if restarted:  # then no init is there, but what it was is still known
+        session.restart(0, fresh=True)
+        session.models["net"].variables = variables
+
+    class Edited(Plain):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(x)
+
+    session.register("net", Edited())
+    assert session.models["net"].variables is None
+    with pytest.raises(FlaxMagicsError, match=r"kernel: float32\[3,4\], and the model has float32\[3,5\]"):
+        session.models["net"].variables = variables
+    assert session.apply("net", X).output.shape == (*X.shape[:-1], 5)
+
+
 def test_a_replay_says_whose_weights_it_ran_with():
     session = session_of(Plain())
     runs = [session.apply("net", X)]

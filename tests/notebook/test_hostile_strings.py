@@ -1,0 +1,151 @@
+"""Whatever a string says and wherever it stands, it is shown as text: no markup of it, nothing that a terminal obeys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hostile import STRINGS, Markup, hidden
+
+from flax_magics import FlaxMagicsError
+
+SETUP = """\
+import flax_magics, optax
+import numpy as np
+from flax import nnx
+from typing import Any
+x = jnp.ones((2, 4))
+
+class Net(nn.Module):
+  label: str
+  parts: dict
+  @nn.compact
+  def __call__(self, x, how=None):
+    s = self.label
+    for part in self.parts.values():
+      y = part(x)
+    y = y + jax.random.normal(self.make_rng(s), y.shape)
+    self.variable(s, s, jnp.zeros, ()).value += 1
+    self.variable('batch_stats', s, jnp.zeros, ()).value += 1
+    self.sow('intermediates', s, y)
+    if how is not None and how.startswith('fail'):
+      raise ValueError(how)
+    return {s: y, 'y': [y]}
+
+class Held(nnx.Module):
+  def __init__(self, label, *, rngs):
+    self.label, self.parts = label, nnx.data({label: nnx.Linear(4, 2, rngs=rngs)})
+  def __call__(self, x, how=None):
+    return {self.label: self.parts[self.label](x)}
+
+def loss(net, batch, scale=1.0):
+  y = jax.tree_util.tree_leaves(net(*batch.values()))[-1]
+  return (y ** 2).mean() * scale, {s: y.mean()}
+"""
+
+CELLS = """\
+net = Net(s, {{s: nn.Dense(2)}})
+Net.__doc__ = Held.__doc__ = loss.__doc__ = s
+%flaxmodel net
+%flaxmodel held = Held(s)
+%flax_apply --eager net(x)
+%flax_apply --eager net(x, s)
+%flax_apply --eager net(x, how={literal})
+%flax_apply --eager --mutable batch_stats net(x)
+%flax_apply --eager held(x)
+for _ in range(2): get_ipython().run_line_magic('flax_apply', '--eager held(x, s)')
+%flax_summary net(x, s)
+%flax_summary held(x, s)
+%flax_summary net
+variables = %flax_vars net
+%flax_vars net = {{**variables, s: {{s: x}}}}
+%flax_vars net = {{s: variables}}
+%flax_vars net = s
+net.label = s
+%flax_apply net(x, mask=s)
+%flax_apply net({{s: x}})
+%flax_apply net(x, 'fail' + s)
+%flax_apply --variables {{s:s}} net(x)
+%flax_apply --mutable {quoted} net(x)
+%flax_apply --key {quoted} net(x)
+%flax_apply --keys-of {quoted} net(x)
+%flax_apply {quoted}
+%flax_apply net({quoted}
+%flax_apply --{quoted} net(x)
+%flax_apply {quoted}(x)
+%flax_key {quoted}
+%flax_key --seed {quoted}
+%flax {quoted}
+%flax_history {quoted}
+%flax_replay {quoted}
+%flax_save '{folder}/'{quoted}
+%flax_save {quoted}
+%flax_load {quoted}
+%flax_export {quoted}
+%flax_export --plain
+%flaxmodel {quoted}
+%flaxmodel net = {quoted}
+%flax_grad --freeze {quoted} loss(net, {{s: x}})
+%flax_grad loss(net, s)
+%flax_grad net(net, {quoted})
+%flax_grad loss(net, {{'x': x}})
+%flax_grad loss(held, {{{literal}: x}})
+%flax_grad --freeze '{quoted}' --freeze "{quoted}/*" loss(held, {{s: x}})
+%flax_train --optimizer "optax.sgd(0.1) if {quoted!r} else 0" --steps 2 --eval {{s:x}} loss(held, {{s: x}})
+%flax_train --optimizer optax.sgd(0.1) --steps 1 --freeze '{quoted}' loss(held, {{s: x}})
+%flax_train --optimizer optax.sgd(0.1) --steps 3 loss(held, {{s: x}}, scale=np.nan)
+%flax_train --optimizer optax.sgd(0.1) --steps 3 loss(held, iter([{{s: x}}, s]))
+%flax_train --optimizer {quoted} --steps 1 loss(net, {{s: x}})
+%flax_train --optimizer s --steps 1 loss(net, {{s: x}})
+%flax_train --optimizer optax.sgd(0.1) --steps 1 --freeze {quoted} loss(held, {{s: s}})
+%flax
+%flax_history
+%flax_history --all
+%flax_replay last
+%flax_key
+flax_magics.session().runs[-1]
+str(flax_magics.session().runs[-1])
+"""
+
+
+class Shown:
+    """All that a shell shows: displays, values, and the messages of our errors."""
+
+    def __init__(self, notebook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notebook, self.bundles = notebook, []
+
+        def published(data: Any, **rest: Any) -> None:
+            self.bundles.append(dict(data))
+
+        monkeypatch.setattr(notebook.shell.display_pub, "publish", published)
+        monkeypatch.setattr(
+            notebook.shell.displayhook, "write_format_data", lambda data, *_: self.bundles.append(dict(data))
+        )
+
+    def of(self, cell: str) -> Iterator[tuple[str, str]]:
+        """(MIME type, text) of what a cell shows."""
+        self.bundles.clear()
+        result = self.notebook.shell.run_cell(cell, store_history=True)
+        self.notebook.read()
+        for bundle in self.bundles:
+            yield from ((mime, text) for mime, text in bundle.items() if isinstance(text, str))
+        error = result.error_before_exec or result.error_in_exec
+        if isinstance(error, FlaxMagicsError):  # of others the text is IPython's to show
+            yield "text/plain", "\n".join(error._render_traceback_())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("string", STRINGS, ids=range(len(STRINGS)))
+def test_no_string_is_more_than_text_wherever_it_stands(notebook, monkeypatch, tmp_path, string):
+    notebook(SETUP)
+    shown = Shown(notebook, monkeypatch)
+    notebook.shell.user_ns["s"] = string
+    wrong = []
+    for line in CELLS.splitlines():
+        cell = line.format(literal=ascii(string), quoted=string.replace("\n", " "), folder=tmp_path)
+        for mime, text in shown.of(cell):
+            foreign = Markup(text).foreign if mime == "text/html" else hidden(text) if mime == "text/plain" else None
+            if foreign:
+                wrong.append((cell, mime, foreign, text))
+    assert not wrong
