@@ -32,11 +32,12 @@ def alive(notebook):
     """Counts the arrays that were made since the test began: those alive, and those that names and models reach."""
     jax.clear_caches()
     gc.collect()
-    others = live_arrays()  # held until the test ends, so that no id is given to another
+    others = live_arrays()  # held until the test ends, so that no memory is given to another
+    known = {*map(buffer_of, others.values())}
 
     def count():
         gc.collect()
-        live = {number: array for number, array in live_arrays().items() if number not in others}
+        live = {number: array for number, array in live_arrays().items() if buffer_of(array) not in known}
         users = {name: value for name, value in notebook.shell.user_ns.items() if not name.startswith("_")}
         session, stops = notebook.session, {id(notebook.shell), id(notebook.shell.user_ns), id(notebook.session)}
         entries = {} if session is None else session._state.models
