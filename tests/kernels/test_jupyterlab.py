@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import nbformat
 import pytest
-from lab import CELLS, MISSING, cell, make_dark, menu, opened, serving
+from lab import CELLS, MISSING, cell, go_to, make_dark, menu, opened, serving
 
+HOSTILE = "hostile.ipynb"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
 pytestmark = [
     pytest.mark.browser,
@@ -56,8 +58,8 @@ def slowly(batch):
 
 
 @pytest.fixture(scope="module")
-def address(home, tmp_path_factory) -> Iterator[str]:
-    """A JupyterLab server with the example in it, its outputs cleared: the address that opens it."""
+def address_of(home, tmp_path_factory) -> Iterator[Callable[[str], str]]:
+    """A JupyterLab server with the example in it, its outputs cleared; gives the address that opens a notebook."""
     folder = tmp_path_factory.mktemp("jupyterlab")
     files = folder / "files"
     files.mkdir()
@@ -67,17 +69,23 @@ def address(home, tmp_path_factory) -> Iterator[str]:
             each.outputs, each.execution_count = [], None
     example.cells += [nbformat.v4.new_code_cell(source) for source in SUMMARY]
     nbformat.write(example, files / EXAMPLE.name)
+    cells = [nbformat.v4.new_code_cell(source) for source in hostile.CELLS]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=example.metadata), files / HOSTILE)
     with serving(files, folder, home / "jupyter_runtime_dir") as address_of:
-        yield address_of(EXAMPLE.name)
+        yield address_of
 
 
 @pytest.fixture(scope="module")
-def page(address) -> Iterator[Any]:
+def page(address_of) -> Iterator[Any]:
     """The example opened, and all of it run."""
-    with opened(address, width=1280, height=1600) as page:
-        menu(page, "Run", "Run All Cells")
-        page.wait_for_function(f"({STARTED})() && !({WAITING})()")
+    with opened(address_of(EXAMPLE.name), width=1280, height=1600) as page:
+        run_all(page)
         yield page
+
+
+def run_all(page: Any) -> None:
+    menu(page, "Run", "Run All Cells")
+    page.wait_for_function(f"({STARTED})() && !({WAITING})()", timeout=300_000)
 
 
 PROMPTS = CELLS + ".map(cell => cell.querySelector('.jp-InputPrompt').textContent)"
@@ -89,7 +97,8 @@ LUMINANCE = """element => {
   return (r + g + b) / 3;
 }"""
 WIDER = f"""() => [...document.querySelectorAll('{REPORTS}')]
-  .filter(report => report.scrollWidth > report.parentElement.clientWidth + 1).length"""
+  .filter(report => report.scrollWidth > report.parentElement.clientWidth + 1)
+  .map(report => report.textContent.slice(-100))"""
 
 
 def report(page: Any, source: str) -> Any:
@@ -244,7 +253,7 @@ def test_no_report_is_wider_than_its_place(page, tmp_path, width):
         page.keyboard.press("Control+B")  # beside the side bar there would be no room for anything
     page.wait_for_timeout(500)
     page.screenshot(path=tmp_path / f"{width}.png")
-    assert page.evaluate(WIDER) == 0
+    assert page.evaluate(WIDER) == []
 
 
 def run_below(page: Any, source: str) -> None:
@@ -283,3 +292,47 @@ def test_an_export_goes_into_the_next_cell(page):
     page.wait_for_function(f"n => {CELLS}.length > n", arg=before)
     assert cells.last.locator(".cm-content").inner_text().startswith('"""The cells of a notebook in the order')
     assert cells.nth(before - 1).locator(".jp-OutputArea-output").count() == 0
+
+
+FOREIGN = """tags => [
+  ...document.querySelectorAll('.jp-OutputArea-output :is(.flax-magics, .jp-RenderedText) *')
+].filter(element =>
+  (element.closest('.flax-magics') && !tags.includes(element.tagName.toLowerCase()))
+  || element.matches('script, iframe, object, embed, link, meta, base, form, img, mjx-container')
+  || [...element.attributes].some(attribute => /^(on|src|href|action|srcdoc)/i.test(attribute.name))
+  || (element.closest('[style]') && /fixed/.test(getComputedStyle(element).position))
+).map(element => element.outerHTML.slice(0, 200))"""
+SHOWN = f"() => [...document.querySelectorAll('{REPORTS}')].map(report => report.textContent).join('\\n')"
+OUTSIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
+  .filter(output => output.scrollWidth > output.clientWidth && getComputedStyle(output).overflowX === 'visible')
+  .map(output => output.textContent.slice(-100))"""
+
+
+def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tmp_path):
+    page = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})
+    requests, dialogs = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    go_to(page, address_of(HOSTILE))
+    run_all(page)
+    page.wait_for_timeout(1000)
+    page.screenshot(path=tmp_path / "hostile.png", full_page=True)
+    prompts = page.evaluate(f"() => {PROMPTS}")
+    assert all(any(letter.isdigit() for letter in prompt) for prompt in prompts), prompts
+
+    server = page.url.partition("/lab/")[0]
+    assert [url for url in requests if not url.startswith((server, "data:", "blob:"))] == []
+    assert dialogs == []
+    assert [frame.evaluate("() => window.hit") for frame in page.frames] == [None]
+    assert page.evaluate(FOREIGN, sorted(hostile.TAGS)) == []
+
+    shown = page.evaluate(SHOWN)
+    for string in hostile.STRINGS[:46]:  # the further ones are escaped, and cut
+        assert " ".join(string.split())[:20].replace("\0", "\\x00") in shown
+    # Words of a hundred letters are wider than a report: its output has a bar of its own to scroll by, and the page none.
+    for width in (1280, 480):
+        page.set_viewport_size({"width": width, "height": 1600})
+        page.wait_for_timeout(500)
+        assert page.evaluate("() => document.documentElement.scrollWidth") == width
+        assert page.evaluate(OUTSIDE) == []
+    page.close()

@@ -130,3 +130,60 @@ class Markup(HTMLParser):
         self.foreign.append(data)
 
     handle_decl = unknown_decl = handle_pi = handle_comment
+
+
+CELLS = (
+    f"""\
+%load_ext flax_magics
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+strings = {STRINGS!a}
+names = [s for s in strings if s.encode('utf-8', 'ignore').decode() == s]  # Flax encodes them
+x = jnp.ones((2, 4))
+shell = get_ipython()""",
+    """\
+%%flaxmodel
+class Net(nn.Module):
+  label: str
+  parts: dict
+  @nn.compact
+  def __call__(self, x, how=None):
+    outputs = {}
+    for s, part in self.parts.items():
+      y = outputs[s] = part(x)
+      if how is not None:  # in eager runs: XLA would take a minute
+        self.make_rng(s)
+        self.variable('batch_stats', s, jnp.zeros, ()).value += 1
+        self.variable(s, s, jnp.zeros, ()).value += 1
+        self.sow('intermediates', s, y)
+    if how == 'fail':
+      raise ValueError(self.label)
+    return outputs
+
+def loss(net, batch):
+  outputs = net(batch)
+  return sum((y ** 2).mean() for y in outputs.values()), {s: y.mean() for s, y in outputs.items()}
+
+net = Net('', {s: nn.Dense(2) for s in names})
+for n, s in enumerate(names):
+  globals()[f'net{n}'] = Net(s, {s: nn.Dense(2)})""",
+    "%config FlaxMagics.report = 'details'\n%flax_apply --eager net(x, dict.fromkeys(names));",
+    "for s in strings:\n  %flax_apply --eager net0(x, s);\n"
+    "for n in range(len(names)):\n  shell.run_line_magic('flax_apply', f'--eager net{n}(x);')",
+    "%flax_grad loss(net, x);",
+    "%flax_train --optimizer optax.sgd(0.1) --steps 3 --eval x loss(net, x);",
+    "%flax_summary net(x);",
+    "%flax_history",
+    "%flax",
+    "%flax_save s.safetensors\n%flax_load s.safetensors",
+    """\
+for s in strings:
+  for line in ('%flax_key {}', '%flax_load {}'):
+    try:
+      shell.run_line_magic(*line[1:].format(s.replace('\\n', ' ')).split(' ', 1))
+    except Exception:
+      shell.showtraceback()""",
+    "for n in range(len(names)):\n  try:\n    shell.run_line_magic('flax_apply', f\"net{n}(x, 'fail')\")\n"
+    "  except ValueError:\n    shell.showtraceback()",
+    "%flax_export --plain",
+)
+"""A notebook of them, in all places of its reports and messages."""

@@ -84,11 +84,16 @@ def opened(address: str, *, width: int, height: int, scale: float = 1) -> Iterat
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-        page.set_default_timeout(60_000)
-        page.goto(address)
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        go_to(page, address)
         yield page
         browser.close()
+
+
+def go_to(page: Any, address: str) -> None:
+    """Opens the notebook at an address, and waits for its kernel."""
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
 
 
 def menu(page: Any, *names: str) -> None:
