@@ -212,6 +212,7 @@ REFUSING = {
     "replay": lambda session: session.replay(1),
     "run_replay": lambda session: session.run_replay("last"),
     "restart": lambda session: session.restart(3, fresh=True),
+    "mesh": lambda session: session.mesh(data=1),
     "load": lambda session: session.load("session.safetensors"),
     "grad": lambda session: session.grad(lambda net, x: net(x).mean(), "net", X),
     "train": lambda session: session.train(lambda net, x: net(x).mean(), "net", X, optimizer=optax.sgd(0.1), steps=1),

@@ -133,6 +133,26 @@ APPLIES = f"""{HEAD}
     state = narrow._state
     assert fails(narrow.mesh, data=4, model=2).startswith("`kernel` is [4, 3] and annotated (None, 'model')")
     assert narrow._state is state
+    # Annotations of an NNX Variable, and logical ones of linen by Flax's own rules.
+    class Annotated(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+            self.linear = nnx.Linear(4, 8, kernel_init=make, rngs=rngs)
+        def __call__(self, x):
+            return self.linear(x)
+
+    if hasattr(nnx, "use_eager_sharding"):  # else it asks for a mesh while it is built
+        nnx.use_eager_sharding(False)
+    net = Annotated(nnx.Rngs(0))
+    annotated = session_of(lambda: net, data=4, model=2)
+    assert annotated.apply("net", x).mesh.variables[1].how == "cut over model"
+    assert net.linear.kernel[...].sharding.spec == P(None, "model")
+    annotated.mesh("off")
+    assert len(net.linear.kernel[...].sharding.device_set) == 1
+    make = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "mlp"))
+    with nn.logical_axis_rules((("mlp", "model"), ("in", None))):
+        logical = session_of(lambda: nn.Dense(8, kernel_init=make), data=4, model=2)
+        assert logical.apply("net", x).mesh.variables[1].how == "cut over model"
     # A batch, keys and what is no batch; a loss shards its batch alone.
     def loss(net, batch, weights):
         return (net(batch) ** 2).mean() * weights.sum()
