@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from alone import run_alone
 from by_hand import bits, keys_of
-from exporting import digests_of
 from flax import linen as nn
 from flax import nnx
 from hypothesis import HealthCheck, Phase, settings
@@ -32,7 +30,7 @@ from flax_magics import _session
 
 SESSIONS, STEPS = 40, 250
 """10,000 steps in 115 s of one processor: most are runs of some ms; an edit or a first run takes some tens."""
-FEW, EXPORTS = 5, 3
+FEW = 5
 
 SETUP = """\
 import jax, optax, flax.linen as nn, numpy as np
@@ -565,28 +563,3 @@ def test_whatever_is_done_in_whatever_order(notebook, tmp_path):
         sessions_of(notebook, tmp_path, SESSIONS, STEPS, lambda ended: None)
     else:
         sessions_of(notebook, tmp_path, FEW, 40, lambda ended: None)
-
-
-def test_the_export_of_whatever_was_done_runs(notebook, tmp_path):
-    exports: list[tuple[str, list[str], list[str | None], str]] = []
-
-    def export(ended: AnySession) -> None:
-        script = ended.session.export()
-        expected = [run.digest for run in ended.session.runs]
-        exports.append((script.text, list(script.unexported), expected, "\n---\n".join(ended.cells)))
-
-    sessions_of(notebook, tmp_path, EXPORTS, 40, export)
-    driver = tmp_path / "all.py"
-    for i, (script, *_) in enumerate(exports):
-        (tmp_path / f"export{i}.py").write_text(script)
-    driver.write_text(
-        f"import runpy\nfor i in range({len(exports)}):\n"
-        "    runpy.run_path(f'export{i}.py', run_name='__main__')\n    print('=====')\n"
-    )
-    told = run_alone(driver).split("=====\n")[:-1]
-    for printed, (script, left_out, expected, story) in zip(told, exports, strict=True):
-        digests = digests_of(printed.splitlines())
-        story = f"{left_out}\n{digests}\n{expected}\n{story}\n=====\n{script}"
-        assert left_out or len(digests) == len(expected), story
-        rest = iter(expected)  # None where an interrupt came before the digest was taken
-        assert all(any(taken in (digest, None) for taken in rest) for digest in digests), story

@@ -138,6 +138,7 @@ class Shown:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("string", STRINGS, ids=range(len(STRINGS)))
 def test_no_string_is_more_than_text_wherever_it_stands(notebook, monkeypatch, tmp_path, string):
+    monkeypatch.chdir(tmp_path)
     notebook(SETUP)
     shown = Shown(notebook, monkeypatch)
     notebook.shell.user_ns["s"] = string
