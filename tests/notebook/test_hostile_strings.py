@@ -10,6 +10,8 @@ from hostile import STRINGS, Markup, hidden
 
 from flax_magics import FlaxMagicsError
 
+pytestmark = pytest.mark.alike
+
 SETUP = """\
 import flax_magics, optax
 import numpy as np
