@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from lab import CELLS, MISSING, cell, make_dark, menu, opened, serving
+from lab import CELLS, MISSING, cell, choose_theme, menu, opened, serving
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
 pytestmark = [
@@ -217,7 +217,7 @@ def test_the_tree_of_the_variables_has_pictures(page):
 def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     train = report(page, "y_train = ")
     assert train.evaluate(LUMINANCE) < 100
-    make_dark(page)
+    choose_theme(page, "dark")
     page.screenshot(path=tmp_path / "dark.png", full_page=True)
     train.screenshot(path=tmp_path / "report.png")
     assert train.evaluate(LUMINANCE) > 155
