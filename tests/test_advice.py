@@ -57,6 +57,7 @@ SWITCHED = model(
     ", train", "return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))"
 )
 FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
+MISTYPED = model("", "return nn.Dropout(0.5, deterministic=False, rng_collection='droppout')(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
 UNSWITCHED = UNSET.replace(", train=False", "")
 KEYED = model(
@@ -458,6 +459,8 @@ SCENARIOS = [
              (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
              stops="FloatingPointError"),
     Scenario("execution.notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
+    Scenario("execution.notes.of_streams", "%flax_apply Net(x);", (MISTYPED,),
+             edit=lambda cell, advice: cell.replace(*reversed(advice.split(" for ")))),
     *(
         Scenario(PARAMS, "%flax_init net(x);", (INITIALISED.format(zero),), edit=put(f"kernel_init={zero}"))
         for zero in ("jax.nn.initializers.constant(jnp.nan)", "jax.nn.initializers.zeros")

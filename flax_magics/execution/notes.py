@@ -89,8 +89,11 @@ def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
             continue
         where = join(paths[0]) + (f" and {len(set(paths)) - 1} more" if len(set(paths)) > 1 else "")
         close = nearest(name, KNOWN_STREAMS, 1)
-        what = f"is `{close[0]}` meant?" if close else "it gets a key of its own from the draw"
-        yield Note("stream", f"the stream `{name}` is asked for by {where}: {what}")
+        asked = f"the stream `{name}` is asked for by {where}"
+        if close:
+            yield Note("stream", f"{asked}: is `{close[0]}` meant?", edit=f"'{close[0]}' for '{name}'")
+        else:
+            yield Note("stream", f"{asked}: it gets a key of its own from the draw")
 
 
 def of_params(variables: Collections) -> Iterator[Note]:

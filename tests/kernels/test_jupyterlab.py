@@ -9,7 +9,7 @@ from typing import Any
 import hostile
 import nbformat
 import pytest
-from lab import CELLS, MISSING, cell, go_to, make_dark, menu, opened, serving
+from lab import CELLS, MISSING, cell, choose_theme, go_to, menu, opened, serving
 
 HOSTILE = "hostile.ipynb"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
@@ -226,7 +226,7 @@ def test_the_tree_of_the_variables_has_pictures(page):
 def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     train = report(page, "y_train = ")
     assert train.evaluate(LUMINANCE) < 100
-    make_dark(page)
+    choose_theme(page, "dark")
     page.screenshot(path=tmp_path / "dark.png", full_page=True)
     train.screenshot(path=tmp_path / "report.png")
     assert train.evaluate(LUMINANCE) > 155

@@ -112,7 +112,8 @@ def cell(page: Any, source: str) -> Any:
     return page.locator(".jp-Notebook .jp-CodeCell").nth(number)
 
 
-def make_dark(page: Any) -> None:
-    """Chooses JupyterLab's dark theme."""
-    menu(page, "Settings", "Theme", "JupyterLab Dark")
-    page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
+def choose_theme(page: Any, theme: str) -> None:
+    """Chooses JupyterLab's theme, `light` or `dark`; its server keeps that for the pages to come."""
+    menu(page, "Settings", "Theme", f"JupyterLab {theme.title()}")
+    is_light = str(theme == "light").lower()
+    page.wait_for_selector(f'body[data-jp-theme-light="{is_light}"]', state="attached")

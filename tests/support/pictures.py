@@ -13,13 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .lab import MISSING, cell, make_dark, opened, serving
+from .lab import MISSING, cell, choose_theme, opened, serving
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REPORT = "y_train = "
 """The cell of `the_sharp_bits.ipynb` whose report stands in the README."""
 WIDTH = 800
-WHOLE = "n => document.querySelector('.jp-WindowedPanel-outer').scrollHeight"
+PANEL = "document.querySelector('.jp-WindowedPanel-outer')"
+WHOLE = f"n => {PANEL}.scrollHeight"
 
 
 def take(address: str, name: str, folder: Path | None) -> None:
@@ -28,15 +29,15 @@ def take(address: str, name: str, folder: Path | None) -> None:
         page.keyboard.press("Control+B")  # the side bar goes
         page.wait_for_timeout(1000)
         for theme in ("light", "dark"):
-            if theme == "dark":
-                make_dark(page)
-                page.wait_for_timeout(1000)
+            choose_theme(page, theme)
+            page.wait_for_timeout(1000)
             if name == "the_sharp_bits.ipynb":
                 taken = cell(page, REPORT)
                 taken.scroll_into_view_if_needed()
                 taken.screenshot(path=EXAMPLES / f"report-{theme}.png")
             if folder is not None:
                 page.set_viewport_size({"width": WIDTH, "height": 200 + page.evaluate(WHOLE)})
+                page.evaluate(f"n => {PANEL}.scrollTop = 0")
                 page.wait_for_timeout(1000)
                 page.screenshot(path=folder / f"{Path(name).stem}-{theme}.png")
 
