@@ -157,8 +157,9 @@ class ProgramCache:
         """Key of the lowered program → executable and structures, least recently used first."""
         self.by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = OrderedDict()
         """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
-        self.by_step: OrderedDict[Hashable, tuple[Executable, bool]] = OrderedDict()
-        """Key of a training's step → executable, and whether the optimizer takes the loss; least recently used first."""
+        self.by_step: OrderedDict[Hashable, tuple[tuple[str, Hashable], Executable, bool]] = OrderedDict()
+        """Key of a training's step → (model, `call_key` of the loss), executable, whether the optimizer takes the loss;
+        least recently used first."""
         self.compiling: dict[Hashable, Future] = {}
         """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
         self.parts: dict[str, LastCall] = {}
@@ -308,7 +309,8 @@ class ProgramCache:
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
 
     def let_go(self, models: Container[str]) -> int:
-        """Drops programs of other models than `models`, of earlier editions of these, and of runs that were given up.
+        """Drops programs of other models than `models`, of earlier editions of these, of runs that were given up, and of
+        trainings before a model's last.
 
         Returns how many. A program that is wanted again is compiled again, or read from the disk cache.
         """
@@ -329,6 +331,11 @@ class ProgramCache:
         old = [self.by_call.pop(key, None) for key in [*self.by_call] if key not in current]
         dropped = {id(program.executable) for program in old if program is not None}
         dropped -= {id(program.executable) for program in [*self.by_call.values()]}
+        latest = {name: loss for (name, loss), _, _ in self.by_step.values() if name in models}
+        steps = [
+            key for key, ((name, loss), _, _) in self.by_step.items() if name not in latest or latest[name] != loss
+        ]
+        dropped |= {id(self.by_step.pop(key)[1]) for key in steps}
         for text_key in [key for key, (executable, _) in [*self.by_text.items()] if id(executable) in dropped]:
             self.by_text.pop(text_key, None)
         return len(dropped)

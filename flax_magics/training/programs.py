@@ -110,8 +110,9 @@ class StepPrograms:
         executable, origin, timing = programs.finish_compiling(compiling, phase)
         self._first = self._first or executable
         key = self._key(batch)
-        if key is not None and not self._has_effects:  # a program that calls back is that of the function traced for it
-            keep(programs.by_step, key, (executable, self.step.takes_loss), KEPT)
+        # A program that calls back is that of the function that was traced.
+        if self._code is not None and key is not None and not self._has_effects:
+            keep(programs.by_step, key, ((self.name, self._code[0]), executable, self.step.takes_loss), KEPT)
         program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
         return program, origin, timing
 
@@ -147,7 +148,7 @@ class StepPrograms:
         programs, inputs = self._services.programs, self._inputs(batch)
         known = programs.by_step.get(self._key(batch))
         if known is not None:
-            executable, takes_loss = known
+            _, executable, takes_loss = known
             self.step = replace(self.step, takes_loss=takes_loss)
             return Compiling(executable)
         self._phase("tracing")

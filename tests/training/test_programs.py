@@ -113,6 +113,17 @@ def test_so_it_is_in_another_context_of_flax_or_jax(context):
     assert training(session).timing.lower == 0
 
 
+def test_to_let_go_of_old_programs_keeps_those_of_a_models_last_training():
+    session = prepared()
+    training(session, freeze="Dense_1")
+    training(session)
+    assert session.programs.let_go({"net"}) == 1
+    assert training(session).timing.lower == 0
+    assert training(session, freeze="Dense_1").program == "compiled"
+    assert session.programs.let_go(()) == 2
+    assert (len(session.programs.by_step), len(session.programs)) == (0, 0)
+
+
 def test_a_step_that_calls_back_is_that_of_the_function_that_was_traced(capsys):
     session = session_of(Net())
     session.init("net", X)
