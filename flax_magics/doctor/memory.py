@@ -18,7 +18,7 @@ from ..code.library import library_file, library_module
 from ..code.walk import ATOMS
 
 MOST = 2_000_000
-"""The most objects that are visited from one name; arrays beyond them are not found."""
+"""The most objects that are visited from one name, or from all modules; arrays beyond them are not found."""
 
 LAST_ERROR = "the last error, with its frames"
 REPLAYS = "%flax_replay"
@@ -93,10 +93,11 @@ def holdings(live: LiveArrays, roots: Roots, stops: Set[int] = frozenset(), othe
             # What is held anyway, replays and programs hold at no cost.
             if not (name in SPARE and holders[buffer]):
                 holders[buffer].append(name)
+    seen = set(stops)  # of all of them together: what one has led to is not gone through again from the next
     for name, value in others:
         if all(holders.values()):
             break
-        for buffer in {buffers[number] for number in reached(value, live, stops)}:
+        for buffer in {buffers[number] for number in _walk(value, live, seen)}:
             holders[buffer] = holders[buffer] or [name]
     groups: dict[tuple[str, ...], list[int]] = {}
     for buffer, number in {buffer: number for number, buffer in buffers.items()}.items():
@@ -111,8 +112,12 @@ def reached(value: object, live: LiveArrays, stops: Set[int] = frozenset()) -> l
 
     Modules and installed classes are not looked into, nor the globals that a function reads.
     """
-    found: list[int] = []
-    seen, waiting = set(stops), [value]
+    return _walk(value, live, set(stops))
+
+
+def _walk(value: object, live: LiveArrays, seen: set[int]) -> list[int]:
+    """`reached`, through what is not in `seen`, to which it adds all that it visits."""
+    found, waiting = list[int](), [value]
     while waiting and len(seen) < MOST:
         thing = waiting.pop()
         if type(thing) in ATOMS or id(thing) in seen:

@@ -17,6 +17,8 @@ from ..base.private import has_devices
 from ..base.text import plural
 from ..base.threads import until_committed
 from ..cells.journal import cells_of_notebook
+from ..execution import surroundings
+from ..execution.surroundings import stand_outside
 from ..run import Note
 from ..state.runs import backwards
 from .checks import CHECKS
@@ -114,6 +116,7 @@ class HealthMethods:
           before: device → bytes that it held before that.
           stops: objects that are not looked into.
         """
+        stand_outside(surroundings.of_state, "%flax_free", "%flax_free")
         before = bytes_by_device(live_arrays()) if before is None else before
         said = list(let_go)
         last = [vars(sys).pop(name, None) for name in LAST]

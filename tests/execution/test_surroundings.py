@@ -214,6 +214,7 @@ REFUSING = {
     "restart": lambda session: session.restart(3, fresh=True),
     "mesh": lambda session: session.mesh(data=1),
     "load": lambda session: session.load("session.safetensors"),
+    "free": lambda session: session.free(),
     "grad": lambda session: session.grad(lambda net, x: net(x).mean(), "net", X),
     "train": lambda session: session.train(lambda net, x: net(x).mean(), "net", X, optimizer=optax.sgd(0.1), steps=1),
 }
@@ -222,13 +223,13 @@ REFUSING = {
 and `run_again` leaves it to `run_apply` to refuse."""
 HARMLESS = {
     "summary", "run_summary", "variables", "history", "last", "module", "save", "autosave", "export",
-    "settle", "run_export", "training_of",
+    "settle", "run_export", "training_of", "doctor", "first_findings",
 }  # fmt: skip
 
 
 def test_every_method_of_a_session_is_one_or_the_other():
     public = {name for name, value in inspect.getmembers(Session, callable) if not name.startswith("_")}
-    assert public <= {*REFUSING, "run_init", "run_apply", "run_again", "run_grad", "run_train", *HARMLESS}
+    assert public <= {*REFUSING, "run_init", "run_apply", "run_again", "run_grad", "run_train", "run_free", *HARMLESS}
 
 
 @pytest.fixture(scope="module")

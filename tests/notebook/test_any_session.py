@@ -459,6 +459,8 @@ class AnySession(RuleBasedStateMachine):
     @rule(name=names, failure=st.sampled_from(sorted(FAILURES)), interrupted=interrupts)
     def fail(self, name: str, failure: str, interrupted: int | None) -> None:
         source = SOURCES[name].replace("WIDTH", "1").replace("SCALE", "7.0")
+        if failure == "variables" and name == "net" and self.session._state.models[name].last_init is None:
+            return  # nobody knows yet what its variables are
         assert not self.unchanged(FAILURES[failure].format(name=name, source=source), interrupted)
 
     @rule(interrupted=interrupts)

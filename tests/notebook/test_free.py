@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import jax
 import pytest
 
-from flax_magics.doctor.memory import buffer_of, live_arrays, reached
+from flax_magics.doctor import memory, methods
+from flax_magics.doctor.memory import buffer_of, reached
+from flax_magics.notebook import free
 
 NET = """%%flaxmodel net = Net()
 class Net(nn.Module):
@@ -27,17 +30,33 @@ def g():
 """
 
 
+@pytest.fixture(autouse=True)
+def process_of_its_own(notebook, monkeypatch):
+    """Leaves out what other tests of this process keep alive: their arrays, and their modules with all they lead to."""
+    jax.clear_caches()
+    gc.collect()
+    others, modules = memory.live_arrays(), set(sys.modules)  # held until the test ends: no memory is given to another
+    known, live = {*map(buffer_of, others.values())}, memory.live_arrays
+
+    def made_since():
+        return {number: array for number, array in live().items() if buffer_of(array) not in known}
+
+    def of_new_modules(names):
+        return ((name, value) for name, value in users_modules(names) if name.rpartition(".")[0] not in modules)
+
+    users_modules = methods.users_modules
+    for module in (memory, methods, free):
+        monkeypatch.setattr(module, "live_arrays", made_since)
+    monkeypatch.setattr(methods, "users_modules", of_new_modules)
+
+
 @pytest.fixture
 def alive(notebook):
     """Counts the arrays that were made since the test began: those alive, and those that names and models reach."""
-    jax.clear_caches()
-    gc.collect()
-    others = live_arrays()  # held until the test ends, so that no memory is given to another
-    known = {*map(buffer_of, others.values())}
 
     def count():
         gc.collect()
-        live = {number: array for number, array in live_arrays().items() if buffer_of(array) not in known}
+        live = memory.live_arrays()
         users = {name: value for name, value in notebook.shell.user_ns.items() if not name.startswith("_")}
         session, stops = notebook.session, {id(notebook.shell), id(notebook.shell.user_ns), id(notebook.session)}
         entries = {} if session is None else session._state.models
@@ -149,7 +168,7 @@ def test_it_runs_by_itself_where_the_device_has_no_more_memory(notebook):
     assert "RESOURCE_EXHAUSTED" in shown
     news = shown[shown.index("out of memory, so") :].splitlines()
     assert news[0] == "out of memory, so %flax_free ran; %config FlaxMagics.free = False turns it off"
-    assert news[1].startswith("free · cpu:0 1.0 MB freed · held: cpu:0 ")
+    assert news[1] == "free · cpu:0 1.0 MB freed · nothing held"
     # Raised from it, too.
     shown = notebook.fails("try:\n  g()\nexcept Exception as error:\n  raise ValueError from error")
     assert "cpu:0 1.0 MB freed" in shown
