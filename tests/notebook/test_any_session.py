@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from by_hand import bits, keys_of
 from flax import linen as nn
 from flax import nnx
@@ -27,6 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from interrupts import interrupted_after
 
 from flax_magics import _session
+from flax_magics.models import base
 
 SESSIONS, STEPS = 40, 250
 """10,000 steps in 115 s of one processor: most are runs of some ms; an edit or a first run takes some tens."""
@@ -183,7 +185,7 @@ class Saved(NamedTuple):
 
 names = st.sampled_from(["net", "nnet"])
 interrupts = st.one_of(*[st.none()] * 9, st.integers(0, 400), st.integers(0, 4000))
-"""After how many of the package's lines a command is interrupted, in one of six."""
+"""After how many of the package's lines a command is interrupted, in about one of ten."""
 
 
 class AnySession(RuleBasedStateMachine):
@@ -250,6 +252,8 @@ class AnySession(RuleBasedStateMachine):
             result = None
             result = self.notebook.shell.run_cell(cell, store_history=True)
         self.shown = self.notebook.read()
+        while base._REPLACING._is_owned():  # an interrupt that fell where Python hears no signal has left it taken
+            base._REPLACING.release()
         # What IPython calls around a cell is interrupted like anything else, which it prints; nothing else happens there.
         for told in self.shown.split("Error in callback")[1:]:
             assert re.findall(r"^-{70,}\n(\w+)", told, re.MULTILINE)[:1] == ["KeyboardInterrupt"], self.shown
@@ -560,6 +564,7 @@ def sessions_of(notebook: Any, folder: Path, sessions: int, steps: int, ended: C
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.alike
 def test_whatever_is_done_in_whatever_order(notebook, tmp_path):
     if settings().max_examples > FEW:
         sessions_of(notebook, tmp_path, SESSIONS, STEPS, lambda ended: None)
