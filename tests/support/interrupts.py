@@ -31,7 +31,7 @@ def interrupted_after(lines: int, interrupt: Callable[[FrameType], object], *, o
         if event == "line" and not (once and place in known):
             executed += 1
             known.add(place)
-        if executed > lines and not _leaves_with(frame):
+        if executed > lines and not _is_deaf(frame):
             sys.settrace(None)
             interrupt(frame)
         return trace
@@ -46,12 +46,15 @@ def interrupted_after(lines: int, interrupt: Callable[[FrameType], object], *, o
         sys.settrace(tracing)
 
 
-def _leaves_with(frame: FrameType) -> bool:
-    """Whether the line to come is the end of a `with` block, which calls `__exit__(None, None, None)`.
+def _is_deaf(frame: FrameType) -> bool:
+    """Whether Python hears no signal at the line to come, where an interrupt would leave a lock taken for ever.
 
-    Python hears no signal there. An interrupt would leave a lock taken, and a later test waiting for it for ever.
+    That is the end of a `with` block, which calls `__exit__(None, None, None)`, and a line without an instruction of its
+    own, such as `try:`, which no handler covers.
     """
-    rest = (each for each in dis.get_instructions(frame.f_code) if each.offset >= frame.f_lasti)
+    rest = [each for each in dis.get_instructions(frame.f_code) if each.offset >= frame.f_lasti]
+    if rest[0].opname == "NOP":
+        return True
     # What a `return` in the block gives stands on the stack, and is swapped first.
     following = itertools.islice((each for each in rest if each.opname != "SWAP"), 3)
     return all(each.opname == "LOAD_CONST" and each.argval is None for each in following)
