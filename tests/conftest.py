@@ -23,6 +23,8 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 # `--hypothesis-profile few` is for a lane whose examples another lane tries in full.
 settings.register_profile("few", max_examples=5)
+# `--hypothesis-profile many` looks for more, by hand: a failure of it is news, and ends no other's run.
+settings.register_profile("many", max_examples=1000, deadline=None)
 
 OPTIMISED_LITTLE = "jax_disable_most_optimizations"
 

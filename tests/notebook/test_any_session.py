@@ -33,6 +33,8 @@ from flax_magics.models import base
 SESSIONS, STEPS = 40, 250
 """10,000 steps in 115 s of one processor: most are runs of some ms; an edit or a first run takes some tens."""
 FEW = 5
+MANY = 1000
+"""`--hypothesis-profile many` asks for all of these steps, others each time; without it a few are tried, the same ones."""
 
 SETUP = """\
 import jax, optax, flax.linen as nn, numpy as np
@@ -556,6 +558,7 @@ def sessions_of(notebook: Any, folder: Path, sessions: int, steps: int, ended: C
             settings=settings(
                 max_examples=sessions,
                 stateful_step_count=steps,
+                derandomize=sessions == FEW,  # the same sessions each time
                 phases=[Phase.generate],  # a session that fails is printed: to make it shorter takes minutes
                 suppress_health_check=list(HealthCheck),
             ),
@@ -566,7 +569,7 @@ def sessions_of(notebook: Any, folder: Path, sessions: int, steps: int, ended: C
 
 @pytest.mark.alike
 def test_whatever_is_done_in_whatever_order(notebook, tmp_path):
-    if settings().max_examples > FEW:
+    if settings().max_examples >= MANY:
         sessions_of(notebook, tmp_path, SESSIONS, STEPS, lambda ended: None)
     else:
         sessions_of(notebook, tmp_path, FEW, 40, lambda ended: None)
