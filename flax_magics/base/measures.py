@@ -108,11 +108,11 @@ _ARRAY = r"([a-z]+)([0-9]*)\w*\[([0-9,]*)\]"
 
 def collectives_in(text: str) -> tuple[tuple[str, int, int], ...]:
     """(kind, how many, bytes of their results on a device) of a compiled program as XLA writes it."""
-    found: dict[str, tuple[int, int]] = {}
+    by_kind: dict[str, tuple[int, int]] = {}
     for shapes, kind in re.findall(_COLLECTIVE, text):
-        times, size = found.get(kind, (0, 0))
-        found[kind] = times + 1, size + sum(_bytes_of(*shape) for shape in re.findall(_ARRAY, shapes))
-    return tuple((kind, *numbers) for kind, numbers in sorted(found.items()))
+        times, size = by_kind.get(kind, (0, 0))
+        by_kind[kind] = times + 1, size + sum(_bytes_of(*shape) for shape in re.findall(_ARRAY, shapes))
+    return tuple((kind, *numbers) for kind, numbers in sorted(by_kind.items()))
 
 
 def _bytes_of(kind: str, bits: str, shape: str) -> int:

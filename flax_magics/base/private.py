@@ -133,14 +133,14 @@ def accelerators() -> list[str]:
         from jax._src import hardware_utils
     except ImportError:
         return []
-    found = []
+    kinds = []
     with suppress(AttributeError, OSError):
-        found += ["NVIDIA GPU"] * hardware_utils.has_visible_nvidia_gpu()
+        kinds += ["NVIDIA GPU"] * hardware_utils.has_visible_nvidia_gpu()
     with suppress(AttributeError, OSError):
-        found += ["TPU"] * (hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0)
+        kinds += ["TPU"] * (hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0)
     with suppress(AttributeError, OSError):  # not in 0.7
-        found += ["AMD GPU"] * (hardware_utils.num_available_amd_gpus() > 0)
-    return found
+        kinds += ["AMD GPU"] * (hardware_utils.num_available_amd_gpus() > 0)
+    return kinds
 
 
 def has_devices() -> bool:

@@ -28,6 +28,7 @@ from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError, written
+from ..line.axes import as_text
 from ..line.expression import Line
 from ..models.base import names_in
 from ..models.calls import Arguments
@@ -57,7 +58,7 @@ class Placement(Struct, frozen=True, dict=True):
     @property
     def axes(self) -> str:
         """The mesh as it is written on the command's line: `data=4,model=2`."""
-        return ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        return as_text(self.mesh.shape)
 
     @property
     def shape(self) -> tuple[tuple[str, int], ...]:
@@ -395,12 +396,11 @@ def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:
     """
     named = int(np.prod([size for size in axes.values() if size != -1], dtype=int))
     have = f"{plural(len(devices), 'device')} ({name_devices(set(devices))})"
-    text = ",".join(f"{name}={size}" for name, size in axes.items())
     if named > len(devices) or (-1 in axes.values() and len(devices) % named):
         fits = {**dict.fromkeys(axes, 1), next(iter(axes)): -1}
-        write = "%flax_mesh " + ",".join(f"{name}={size}" for name, size in fits.items())
+        write = f"%flax_mesh {as_text(fits)}"
         many = f"{named} devices" if named > len(devices) else f"a number of devices that {named} divides"
-        raise FlaxMagicsError(f"{text} takes {many}, and there are {have}.", write=write)
+        raise FlaxMagicsError(f"{as_text(axes)} takes {many}, and there are {have}.", write=write)
     sizes = tuple(len(devices) // named if size == -1 else size for size in axes.values())
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     # By position: the name of the first argument is another since jax 0.11.1.

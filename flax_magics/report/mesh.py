@@ -33,13 +33,13 @@ def drawing(axes: Sequence[tuple[str, int]], devices: Sequence[str]) -> list[tup
 
 def rows(use: MeshUse) -> tuple[Row, ...]:
     """Where inputs, variables and output live, with their bytes on each device, and what is sent between devices."""
-    found = use.collectives
-    sent = tuple(f"{times} × {clean(kind)}, {bytes_(size)}" for kind, times, size in found or ())
+    collectives = use.collectives
+    sent = tuple(f"{times} × {clean(kind)}, {bytes_(size)}" for kind, times, size in collectives or ())
     return (
         Row("inputs", _lies(use.inputs)),
         Row("vars", _lies(use.variables)),
         Row("out", _lies(use.output)),
-        Row("sent", sent or (() if found is None else ("nothing between devices",))),
+        Row("sent", sent or (() if collectives is None else ("nothing between devices",))),
     )
 
 
