@@ -302,8 +302,11 @@ class ProgramCache:
             if pending.shareable:
                 keep(self.by_text, text_key, (executable, pending.trees), KEPT)
         call, effects = pending.call, bool(pending.call.traced.jaxpr.effects) or not pending.shareable
-        device = name_devices(devices_of(executable) or {default_device()})
-        program = Program(executable, call.needs, call.trace, device, memory_of(executable), effects)
+        known = next((one for one in self.by_call.values() if one.executable is executable), None)
+        if known is None:
+            device = name_devices(devices_of(executable) or {default_device()})
+            known = Program(executable, call.needs, call.trace, device, memory_of(executable), effects)
+        program = replace(known, needs=call.needs, trace=call.trace, effects=effects)
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from types import FrameType, NoneType
+from types import CodeType, FrameType, NoneType
 from typing import Any, TypeVar
 
 from flax.linen import transforms
@@ -378,17 +379,11 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
         if _is_flax(base) or base is object:
             continue
         for function in vars(base).values():
-            try:
-                lines, start = inspect.getsourcelines(inspect.unwrap(function))
-                tree = ast.parse(textwrap.dedent("".join(lines)))
-            except (OSError, TypeError, SyntaxError, ValueError):
-                continue
-            assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-            pairs = [(target, node.value) for node in assigns for target in node.targets]
-            attributes = [(target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute)]
-            names = {id(call): attribute for attribute, value in attributes for call in ast.walk(value)}
-            for call in ast.walk(tree):
-                if not isinstance(call, ast.Call) or _makes(call, layer) is in_call:
+            code = None
+            with suppress(ValueError):  # it is wrapped in itself
+                code = getattr(inspect.unwrap(function), "__code__", None)
+            for call, start, name in _calls_in(code) if isinstance(code, CodeType) else ():
+                if _makes(call, layer) is in_call:
                     continue
                 place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
                 expression = next((item.value for item in call.keywords if item.arg == switch), None)
@@ -397,8 +392,22 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
                 if not keyword and position is not None and len(call.args) > position:
                     expression = call.args[position] if _last(call.func) != "partial" else None
                 if expression is not None:
-                    line = expression.lineno + start - 1
-                    yield _SwitchPlace(expression, line, place, names.get(id(call), ""), keyword)
+                    yield _SwitchPlace(expression, expression.lineno + start - 1, place, name, keyword)
+
+
+@functools.lru_cache(maxsize=64)  # a model's layers ask for the same methods, one after the other
+def _calls_in(code: CodeType) -> tuple[tuple[ast.Call, int, str], ...]:
+    """Every call in a function: the line that its own lines count from, and the attribute that it is assigned to or ""."""
+    try:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return ()
+    assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    pairs = [(target, node.value) for node in assigns for target in node.targets]
+    attributes = [(target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute)]
+    names = {id(call): attribute for attribute, value in attributes for call in ast.walk(value)}
+    return tuple((node, start, names.get(id(node), "")) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def _makes(call: ast.Call, layer: type) -> bool:
