@@ -230,6 +230,7 @@ class ProgramCache:
             key = call_key(request)
             program = self.find(key)
             if program is None:
+                self.compiler.begin_to_load(looks(request))
                 phase("tracing")
                 start = self.clock() if start is None else start
             return program
@@ -265,7 +266,7 @@ class ProgramCache:
                 # Finished compilations of interrupted runs that were never repeated would pile up.
                 for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
                     self.compiling.pop(forgotten, None)
-                future = self.compiling[text_key] = self.compiler.start(lowered, shared_key)
+                future = self.compiling[text_key] = self.compiler.start(lowered, shared_key, looks(request))
         assert trees is not None  # they are kept with the program's text
         return PendingProgram(key, call, trees, text_key, shareable, executable, future, timing, resumed)
 
@@ -403,17 +404,21 @@ def call_key(request: TraceRequest) -> Hashable | None:
     """
     arguments = request.arguments
     model, static = request.model.cache_key(), fingerprint(arguments.static)
-    leaves, treedef = jax.tree_util.tree_flatten(request.variables)
+    treedef = jax.tree_util.tree_structure(request.variables)
     passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
     state = settings()
     # A part that cannot be told now may be another at the next call without anyone noticing.
     if None in (model, static, passed.contents, variables.contents) or any(isinstance(s, Unknown) for s in state[1]):
         return None
-    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed, request.placement)
-    draw = (request.draw.impl, request.draw.size)
-    types = (tuple(map(signature_of, arguments.dynamic.values())), tuple(map(signature_of, leaves)))
     trees = (passed, arguments.traced, variables)
-    return hashable((*call, *draw, *types, *trees, model, static, state, library.edition))
+    return hashable((*looks(request), *trees, model, static, state, library.edition))
+
+
+def looks(request: TraceRequest) -> tuple[object, ...]:
+    """What can be told of a call in any process: names, options, types. Calls of two editions of a model may look alike."""
+    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed, request.placement)
+    draw, leaves = (request.draw.impl, request.draw.size), jax.tree_util.tree_leaves(request.variables)
+    return *call, *draw, tuple(map(signature_of, request.arguments.dynamic.values())), tuple(map(signature_of, leaves))
 
 
 def _equations(traced: Traced, request: TraceRequest) -> Hashable | None:

@@ -4,7 +4,9 @@
 executables, so that a restarted kernel need not compile them again.
 
 A file there holds one executable in JAX's serialized form. Its name is a digest of all that the executable depends on:
-the `program_key`, versions, devices, the processor and XLA's flags. JAX's own persistent cache is not touched; where
+the `program_key`, versions, devices, the processor and XLA's flags. A small file beside it notes by the looks of a call
+(its names and types) which program it had. That one is loaded while the call is still being traced, as a guess, and used
+if lowering gives its key. JAX's own persistent cache is not touched; where
 the user has set it up (`jax_compilation_cache_dir`), it serves our programs, too, and this one is not used.
 
 The folder is trusted. An executable is machine code, and JAX's serialized form is a pickle: whoever can write to the
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+from jax.tree_util import PyTreeDef, default_registry
 from jaxlib import version as jaxlib_version
 from msgspec import Struct
 
@@ -100,7 +103,7 @@ class Compiled(Struct, frozen=True):
 LIMIT = 1 << 30
 """The most bytes in the folder; files are deleted least recently used first."""
 
-_MAGIC = b"flax_magics program 2"  # the number goes up with each change of the format
+_MAGIC = b"flax_magics program 3"  # the number goes up with each change of the format
 # Environment variables that XLA reads when it compiles or finds its devices.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_CPP_VMODULE", "CUDA_VISIBLE_DEVICES")
 
@@ -140,19 +143,16 @@ class DiskCache:
         parts = [text, *_surroundings(), *(os.environ.get(name, "") for name in _FLAGS)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def load(self, name: str, lowered: jax.stages.Lowered) -> Executable:
+    def load(self, name: str, lowered: jax.stages.Lowered | None = None) -> Executable:
         """Loads an executable; None where there is no usable one. An unusable file is deleted.
 
         Args:
           name: the file's name, by `name_of`.
-          lowered: the program that is wanted, against which the loaded one is checked.
+          lowered: the program that is wanted, against which the loaded one is checked; None where that will be known later:
+            then only a program whose arguments and results are in plain containers is loaded.
         """
-        path = self.folder / name
-        try:
-            if not self._is_own():
-                return None
-            data = path.read_bytes()
-        except OSError:
+        path, data = self.folder / name, self._read(name)
+        if data is None:
             return None
         try:
             return _unpacked(data, name, lowered)
@@ -165,11 +165,31 @@ class DiskCache:
                 os.utime(path)  # the time by which `_drop_oldest` goes
 
     def store(self, name: str, executable: Executable) -> None:
-        """Stores an executable atomically, if JAX can serialize it."""
+        """Stores an executable, if JAX can serialize it."""
         try:
             data = _packed(name, executable)
         except Exception:  # not possible with constants as arguments, nor on some backends
             return
+        self._write(name, data)
+
+    def program_of(self, looks: str) -> str:
+        """The name of the program that a call of these looks (`name_of` them) had last; empty if it had none."""
+        noted = (self._read(looks) or b"").decode("ascii", "replace")
+        return noted if re.fullmatch("[0-9a-f]{64}", noted) else ""  # it becomes the name of a file
+
+    def note(self, looks: str, name: str) -> None:
+        """Notes which program a call of these looks has."""
+        self._write(looks, name.encode())
+
+    def _read(self, name: str) -> bytes | None:
+        """The bytes of a file; None where there is none, or the folder is not to be trusted."""
+        try:
+            return (self.folder / name).read_bytes() if self._is_own() else None
+        except OSError:
+            return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Replaces a file atomically, and keeps the folder within the limit."""
         temporary = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -224,27 +244,51 @@ def _packed(name: str, executable: Executable) -> bytes:
 
     payload, _, _ = serialize_executable.serialize(executable)
     devices = sorted(device.id for device in devices_of(executable))
-    head = json.dumps({"program": name, "devices": devices, "types": _types(executable)}).encode()
+    trees = _plain(executable.in_tree, executable.out_tree)
+    head = json.dumps({"program": name, "devices": devices, "types": _types(executable), "trees": trees}).encode()
     return b"\n".join((_MAGIC, _digest(head, payload), head, payload))
 
 
-def _unpacked(data: bytes, name: str, lowered: jax.stages.Lowered) -> Executable:
+def _plain(*trees: PyTree) -> list[str]:
+    """Trees of dicts, lists, tuples and None, as text; empty where one has other nodes."""
+    with contextlib.suppress(ValueError):
+        return [tree.serialize_using_proto().hex() for tree in trees]
+    return []
+
+
+def _unpacked(data: bytes, name: str, lowered: jax.stages.Lowered | None) -> Executable:
     """The executable in a file's bytes; raises ValueError or whatever JAX raises if it is not the wanted one."""
     from jax.experimental.serialize_executable import deserialize_and_load
 
     magic, digest, line, payload = data.split(b"\n", 3)
     if magic != _MAGIC or _digest(line, payload) != digest:
         raise ValueError("damaged, or no program")
-    head, types = json.loads(line), _types(lowered)
+    head = json.loads(line)
+    types = head["types"] if lowered is None else _types(lowered)
     if head["program"] != name or head["types"] != types:
         raise ValueError("another program")
+    if lowered is not None:
+        in_tree, out_tree = lowered.in_tree, lowered.out_tree
+    elif head["trees"]:
+        in_tree, out_tree = (_tree_of(bytes.fromhex(tree)) for tree in head["trees"])
+    else:
+        return None
     by_id = {device.id: device for device in jax.devices()}
     # Named by id: by default JAX would load a program onto all devices of this process.
     devices = [by_id[id] for id in head["devices"]] or jax.devices()[:1]
-    executable = deserialize_and_load(payload, lowered.in_tree, lowered.out_tree, execution_devices=devices)
+    executable = deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
     if _types(executable) != types:  # the head may be right and the payload another program's
         raise ValueError("another program")
     return executable
+
+
+_tree_of = partial(PyTreeDef.deserialize_using_proto, default_registry)
+
+
+def _is_program(executable: Executable, lowered: jax.stages.Lowered) -> bool:
+    """Whether a program that was loaded as a guess has the arguments and results of the one that is wanted."""
+    trees = (executable.in_tree, executable.out_tree) == (lowered.in_tree, lowered.out_tree)
+    return trees and _types(executable) == _types(lowered)
 
 
 def _digest(head: bytes, payload: bytes) -> bytes:
@@ -283,29 +327,67 @@ class Compiler:
     def __init__(self) -> None:
         self.disk: DiskCache | None = None
         self.workers = Workers()
+        self._guess: tuple[str, Future] | None = None
+        """The name of a program on disk that is probably wanted next, and the future of its executable."""
+        self._met: set[str] = set()
+        """Names of the programs of calls that were wanted in this process."""
 
     def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
         """Turns the disk cache off (False) or on, in the user's cache directory (True) or in the given folder."""
         self.disk = None if where is False else DiskCache(None if where is True else Path(where))
 
-    def start(self, lowered: jax.stages.Lowered, key: Hashable | None) -> Future:
-        """Starts to compile and returns a future of the `Compiled`. `key`: the `program_key`; None: no disk cache."""
+    def begin_to_load(self, looks: Hashable) -> None:
+        """Begins to load the program that a call of these looks had in an earlier session, unless it was met in this one."""
+        disk = None if users_cache() else self.disk
+        name = "" if disk is None else disk.program_of(disk.name_of(looks))
+        if disk is not None and name and name not in self._met:
+            self._met.add(name)
+            self._guess = name, self.workers.submit(lambda: _loaded(disk, name))
+
+    def start(self, lowered: jax.stages.Lowered, key: Hashable | None, looks: Hashable = None) -> Future:
+        """Starts to compile and returns a future of the `Compiled`.
+
+        Args:
+          key: the `program_key`; None: no disk cache.
+          looks: of the call that it is the program of, for `begin_to_load` in a later session.
+        """
         disk = self.disk if key is not None and not users_cache() else None
         name = "" if disk is None else disk.name_of(key)
-        return self.workers.submit(lambda: self._make(lowered, disk, name))
+        guess = self._guess
+        if looks is not None:
+            self._guess = None
+            self._met.add(name)
+
+        def make() -> Compiled:
+            loaded: Compiled | None = None if guess is None or guess[0] != name else guess[1].result()
+            if loaded is not None and _is_program(loaded.executable, lowered):
+                return loaded
+            compiled = self._make(lowered, disk, name)
+            if disk is not None and looks is not None:
+                self.workers.submit(lambda: disk.note(disk.name_of(looks), name))
+            return compiled
+
+        return self.workers.submit(make)
 
     def _make(self, lowered: jax.stages.Lowered, disk: DiskCache | None, name: str) -> Compiled:
         """Loads or compiles a program, on a worker thread, and hands a compiled one over to be stored."""
+        loaded = None if disk is None else _loaded(disk, name, lowered)
+        if loaded is not None:
+            return loaded
         begin = time.perf_counter()
-        executable = None if disk is None else disk.load(name, lowered)
-        if executable is not None:
-            return Compiled(executable, "disk cache", time.perf_counter() - begin)
         hits = _hits.count  # counted by thread, so that other compilations at the same time do not disturb
         executable = lowered.compile()
         origin = "compiled" if _hits.count == hits else "disk cache"
         if disk is not None:  # as a task of its own, so that nobody waits for the disk
             self.workers.submit(lambda: disk.store(name, executable))
         return Compiled(executable, origin, time.perf_counter() - begin)
+
+
+def _loaded(disk: DiskCache, name: str, lowered: jax.stages.Lowered | None = None) -> Compiled | None:
+    """`DiskCache.load`, timed."""
+    begin = time.perf_counter()
+    executable = disk.load(name, lowered)
+    return None if executable is None else Compiled(executable, "disk cache", time.perf_counter() - begin)
 
 
 def users_cache() -> str | None:

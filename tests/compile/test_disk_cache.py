@@ -5,6 +5,7 @@ A file that is not exactly what was asked for is a miss: never an error, never a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -379,3 +380,108 @@ def test_a_weak_type_is_no_strong_one_in_memory_and_on_disk(tmp_path):
             assert run.output.weak_type == jax.jit(lambda x: x * 2)(x).weak_type
             assert run.program in (program, "reused")
         settle(session)
+
+
+# -- what a call of the same looks had is loaded while this one is traced
+
+Loads: TypeAlias = "list[tuple[str, bool]]"
+
+
+@pytest.fixture
+def loads(monkeypatch) -> Loads:
+    """Each file that is loaded: its name, and whether that is a guess."""
+    noted: Loads = []
+    load = DiskCache.load
+
+    def noting(cache: DiskCache, name: str, lowered: Any = None) -> Any:
+        noted.append((name, lowered is None))
+        return load(cache, name, lowered)
+
+    monkeypatch.setattr(DiskCache, "load", noting)
+    return noted
+
+
+class Times(nn.Module):
+    factor: float
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dropout(0.5, deterministic=False)(x * self.factor)
+
+
+def applied(folder: Path, factor: float) -> str:
+    """Where the program of a fresh session's first run is from; its output is the one by hand."""
+    session, x = session_of(Times(factor), disk_cache=folder), jnp.arange(8.0)
+    run = session.apply("net", x)
+    assert bits(run.output) == bits(apply_by_hand(Times(factor), {}, {"dropout": run.keys["dropout"]}, x))
+    settle(session)
+    return run.program
+
+
+def note_in(folder: Path) -> Path:
+    (note,) = (file for file in folder.iterdir() if file.stat().st_size == 64)
+    return note
+
+
+def test_it_is_loaded_once_and_used(tmp_path, loads):
+    assert applied(tmp_path, 2.0) == "compiled"
+    program = note_in(tmp_path).read_text()
+    loads.clear()
+    assert applied(tmp_path, 2.0) == "disk cache"
+    assert [load for load in loads if load[0] == program] == [(program, True)]
+
+
+def test_another_edition_of_these_looks_is_a_program_of_its_own(tmp_path, loads):
+    assert applied(tmp_path, 2.0) == "compiled"
+    guessed = note_in(tmp_path).read_text()
+    assert applied(tmp_path, 3.0) == "compiled"
+    assert (guessed, True) in loads
+    assert applied(tmp_path, 3.0) == "disk cache"
+    assert applied(tmp_path, 2.0) == "disk cache"
+
+
+def test_a_session_does_not_guess_again_what_it_has(tmp_path, loads):
+    assert applied(tmp_path, 2.0) == "compiled"
+    session = session_of(Times(2.0), disk_cache=tmp_path)
+    session.apply("net", jnp.arange(8.0))
+    loads.clear()
+    session.register("net", Times(3.0))
+    session.apply("net", jnp.arange(8.0))
+    settle(session)
+    assert not [load for load in loads if load[1]]
+
+
+@pytest.mark.parametrize("noted", [b"", b"a" * 63, b"../" * 21 + b"a", b"a" * 64, os.urandom(64)])
+def test_a_damaged_note_is_none_and_written_anew(tmp_path, noted):
+    secret = tmp_path / "a"
+    secret.write_text("not ours")
+    folder = tmp_path / "programs"
+    assert applied(folder, 2.0) == "compiled"
+    note = note_in(folder)
+    program = note.read_bytes()
+    note.write_bytes(noted)
+    assert applied(folder, 2.0) == "disk cache"
+    assert note.read_bytes() == program
+    assert secret.read_text() == "not ours"
+
+
+def test_a_damaged_program_that_was_guessed_is_compiled_anew(tmp_path):
+    assert applied(tmp_path, 2.0) == "compiled"
+    (tmp_path / note_in(tmp_path).read_text()).write_bytes(b"flax_magics program 3\ndamaged")
+    assert applied(tmp_path, 2.0) == "compiled"
+    assert applied(tmp_path, 2.0) == "disk cache"
+
+
+def test_trees_with_nodes_of_the_users_are_not_guessed(lowered, tmp_path, loads):
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Pair:
+        one: Any
+        other: Any
+
+    program = jax.jit(lambda pair: Pair(pair.other, pair.one + 1)).lower(Pair(jnp.ones(2), jnp.zeros(2)))
+    cache = DiskCache(tmp_path)
+    cache.store("pair", program.compile())
+    assert cache.load("pair") is None
+    swapped = cache.load("pair", program)(Pair(jnp.ones(2), jnp.zeros(2)))
+    assert bits((swapped.one, swapped.other)) == bits((jnp.zeros(2), jnp.ones(2) + 1))
