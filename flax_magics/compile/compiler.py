@@ -290,7 +290,8 @@ class Compiler:
 
     def start(self, lowered: jax.stages.Lowered, key: Hashable | None) -> Future:
         """Starts to compile and returns a future of the `Compiled`. `key`: the `program_key`; None: no disk cache."""
-        disk = self.disk if key is not None and not users_cache() else None
+        # A program of several processes may be loaded by all of them alone, and each may have another disk.
+        disk = self.disk if key is not None and not users_cache() and jax.process_count() == 1 else None
         name = "" if disk is None else disk.name_of(key)
         return self.workers.submit(lambda: self._make(lowered, disk, name))
 
@@ -351,6 +352,20 @@ def program_key(traced: jax.stages.Traced, lowered: jax.stages.Lowered, where: H
     avals = (*traced.jaxpr.in_avals, None, *traced.jaxpr.out_avals)
     types = tuple(aval and (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))) for aval in avals)
     return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
+
+
+def digest_of(key: Hashable | None, traced: jax.stages.Traced) -> str:
+    """A digest of a traced program that all processes of a job have alike, empty in a job of one.
+
+    Args:
+      key: its `program_key`.
+    """
+    if jax.process_count() == 1:
+        return ""
+    if isinstance(key, tuple):
+        return str(key[0])
+    # What the text has of a host callback is an address.
+    return hashlib.sha256(re.sub(r"[0-9]{6,}", "", traced.lower().as_text()).encode()).hexdigest()
 
 
 def keep(cache: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:
