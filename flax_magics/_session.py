@@ -322,7 +322,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         """Writes variables, root key, history and models' sources into one safetensors file, whole or not at all."""
         from .snapshot.save import save_session
 
-        return save_session(self._state, path)
+        return save_session(self._state, path, self.services)
 
     @until_committed
     def load(self, path: FileName) -> Restored:
@@ -352,7 +352,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         """
         from .snapshot.save import autosave_session
 
-        autosaving = None if path is None else autosave_session(self._state, path)
+        autosaving = None if path is None else autosave_session(self._state, path, self.services)
         earlier, self.autosaving = self.autosaving, autosaving
         if earlier is not None:
             earlier.flush()

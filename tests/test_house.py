@@ -16,7 +16,14 @@ SINCE = ("training/", "mesh/", "doctor/")
 """Rooms that came after the plan, which counted 115 files."""
 
 FILES_SINCE = {
-    *("base/curve.py", "report/curve.py", "report/layers.py", "state/training.py", "snapshot/training.py"),
+    *(
+        "base/processes.py",
+        "base/curve.py",
+        "report/curve.py",
+        "report/layers.py",
+        "state/training.py",
+        "snapshot/training.py",
+    ),
     *("export/training.py", "export/losses.py", "export/steps.py"),
     *(
         "notebook/extension.py",

@@ -45,8 +45,20 @@ def is_gone(tree: object) -> bool:
 
 
 def on_host(leaf: Leaf) -> HostArray:
-    """A leaf as a NumPy array; typed keys as their key data. Blocks until the device has computed it."""
-    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    """A leaf as a NumPy array; typed keys as their key data. Blocks until the device has computed it.
+
+    Of an array that spans the processes of a job it is the part that this one holds, in one row.
+    """
+    array = jax.random.key_data(leaf) if is_key(leaf) else leaf
+    if is_spread(array):
+        parts = {str(shard.index): shard.data for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(part).ravel() for part in parts.values()])
+    return np.asarray(array)
+
+
+def is_spread(leaf: Leaf) -> bool:
+    """Whether other processes hold parts of an array that this one does not have."""
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
 def little_endian(array: HostArray) -> HostArray:
@@ -108,6 +120,18 @@ def quick_digest(leaves: list[Leaf]) -> bytes:
         flat = np.asarray(leaf).ravel()  # on a CPU this is a view, not a copy
         hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
     return hasher.digest()
+
+
+def digest_of_alike(tree: PyTree) -> str:
+    """A `quick_digest` of the arrays and numbers of a tree that every process of a job should have alike, in hex."""
+    leaves = [
+        leaf
+        for leaf in jax.tree_util.tree_leaves(tree)
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex))
+        and getattr(getattr(leaf, "dtype", None), "kind", "f") not in "OUSMm"
+        and not is_spread(leaf)
+    ]
+    return quick_digest(leaves).hex()
 
 
 def data_of(key: jax.Array | HostArray) -> bytes:

@@ -329,8 +329,10 @@ def devices_of(tree: PyTree) -> str:
 
 
 def name_devices(devices: Collection[jax.Device]) -> str:
-    """`cpu:0` for one device; `gpu:0-7` or `gpu:0,2` for several."""
-    platform, ids = next(iter(devices)).platform, sorted(device.id for device in devices)
-    if len(ids) > 2 and ids == list(range(ids[0], ids[-1] + 1)):
-        return f"{platform}:{ids[0]}-{ids[-1]}"
-    return f"{platform}:{','.join(map(str, ids))}"
+    """`cpu:0` for one device; `gpu:0-7`, `gpu:0,2` or `cpu:0-3,2048-2051` for several."""
+    platform, runs = next(iter(devices)).platform, list[list[int]]()
+    for number in sorted(device.id for device in devices):
+        if not runs or number != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(number)
+    return f"{platform}:{','.join(f'{run[0]}-{run[-1]}' if len(run) > 2 else ','.join(map(str, run)) for run in runs)}"

@@ -18,6 +18,7 @@ from .digest import (
     has_bits,
     is_gone,
     is_key,
+    is_spread,
     little_endian,
     on_host,
     opened,
@@ -136,7 +137,7 @@ def any_nan(tree: PyTree, floats: Floats) -> bool:
 
 
 def _is_inexact(leaf: Leaf) -> bool:
-    """Whether a leaf is a float, a complex number or an array of these that is fully addressable from this process."""
+    """Whether a leaf is a float, a complex number or an array of these of which this process has every part."""
     if isinstance(leaf, (float, complex)):
         return True
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -144,13 +145,13 @@ def _is_inexact(leaf: Leaf) -> bool:
     kind = getattr(leaf.dtype, "kind", "")
     if kind not in ("f", "c") and not jax.dtypes.issubdtype(leaf.dtype, np.inexact):
         return False
-    return bool(getattr(leaf, "is_fully_addressable", True))
+    return not is_spread(leaf)
 
 
 def _chunks(leaf: Leaf) -> Iterator[HostArray]:
     """The elements of an array in chunks of `CHUNK`, in a dtype that NumPy computes with natively."""
     parts = [leaf]
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
         # Each where it lies: to put them together takes four times as long.
         parts = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
     for flat in (np.asarray(part).reshape(-1) for part in parts):
@@ -199,10 +200,13 @@ class Spread(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def spread_of(output: PyTree) -> tuple[Spread, ...]:
-    """The spread of every array in `output`, whose first axis are the samples; empty arrays and keys are left out."""
+    """The spread of every array in `output`, whose first axis are the samples.
+
+    Empty arrays, keys, and arrays of which other processes hold parts are left out.
+    """
     spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
-        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:
+        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size or is_spread(leaf):
             continue
         values = np.asarray(leaf)
         if values.dtype.kind != "c":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .types import Record
 
@@ -150,6 +150,15 @@ def has_devices() -> bool:
     except ImportError:
         return True
     return backends_are_initialized()
+
+
+def coordination() -> tuple[Any, str | None]:
+    """The client of the coordinator's key-value store, and the coordinator's address; None in a job of one process."""
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:
+        return None, None
+    return getattr(global_state, "client", None), getattr(global_state, "coordinator_address", None)
 
 
 def is_compiled_alone(primitive: Primitive) -> bool:

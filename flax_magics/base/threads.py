@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import queue
 import signal
 import sys
 import threading
@@ -191,6 +192,34 @@ def wait_for(future: Future) -> Any:
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)
     return future.result()
+
+
+class OneByOne:
+    """A thread that makes calls in the order they were submitted, and does not keep Python from ending.
+
+    For calls that may block for ever: a dispatch of a small program blocks as long as the program runs.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future, Callable[[], object]] | None] = queue.SimpleQueue()
+        self._context = contextvars.copy_context()
+        self._thread = threading.Thread(target=self._context.run, args=(self._work,), daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], object]) -> Future:
+        """Queues `work` and returns a future of its result."""
+        future: Future = concurrent.futures.Future()
+        self._calls.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Has the thread end after the calls that were submitted."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            _fulfil(*call)
+            del call  # else the results would live until the next one
 
 
 class Unfinished(Struct, eq=False):

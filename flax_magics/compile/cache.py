@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
 from ..base.private import hide_frames
+from ..base.processes import DEADLINE
 from ..base.threads import Future, Running, Unfinished, elsewhere, smallest, wait_for, wait_on
 from ..base.types import PyTree
 from ..code.contents import Structure, Unknown
@@ -36,6 +37,7 @@ from .compiler import (
     Executable,
     Units,
     devices_of,
+    digest_of,
     hashable,
     jax_settings,
     keep,
@@ -54,7 +56,6 @@ KEPT = 128
 LEFT = 4
 """The most finished compilations that are kept although their run was interrupted and not repeated so far."""
 
-
 OnPhase = Callable[[str], None]
 """Called with what is being done, as it begins; here with `tracing`, `lowering` or `compiling`."""
 Trees = tuple[Structure, Structure]
@@ -70,6 +71,8 @@ class Program(Struct, frozen=True, weakref=True):
     trace: CallTrace
     device: str
     memory: Memory | None
+    digest: str
+    """Of its text, equal in all processes that lower the same."""
     effects: bool
     """It has host callbacks or other effects. JAX dispatches it synchronously, so Ctrl-C has to wait until it ends."""
 
@@ -86,6 +89,7 @@ class BuiltProgram(Struct, frozen=True):
       resumed: an interrupted run had begun to compile it.
       reason, causes: why it had to be compiled, as a sentence and in parts; empty where it was not.
       scalars: argument that is a Python number now and was an array in the model's last run → its dtype then.
+      digest: see `Program`.
     """
 
     key: Hashable | None
@@ -97,6 +101,7 @@ class BuiltProgram(Struct, frozen=True):
     reason: str = ""
     causes: tuple[Cause, ...] = ()
     scalars: Mapping[str, str] = {}
+    digest: str = ""
 
 
 class PendingProgram(Struct, frozen=True):
@@ -106,7 +111,7 @@ class PendingProgram(Struct, frozen=True):
       key: its `call_key`, None where that cannot be told.
       call: the traced call.
       trees: the structures of arguments and results.
-      text_key: key of the lowered program, in `by_text` and `compiling`.
+      text_key: key of the lowered program, in `by_text` and `compiling`; `digest`: see `Program`.
       shareable: another call with the same `text_key` may use the executable.
       executable: None while it is being compiled.
       future: of the compilation; None where none was needed.
@@ -117,6 +122,7 @@ class PendingProgram(Struct, frozen=True):
     call: TracedCall[Program]
     trees: Trees
     text_key: Hashable
+    digest: str
     shareable: bool
     executable: Executable
     future: Future | None
@@ -144,6 +150,7 @@ class Compiling(Struct, frozen=True):
     timing: Timing = Timing()
     key: Hashable = None
     trees: Trees | None = None
+    digest: str = ""
 
 
 class ProgramCache:
@@ -157,9 +164,9 @@ class ProgramCache:
         """Key of the lowered program → executable and structures, least recently used first."""
         self.by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = OrderedDict()
         """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
-        self.by_step: OrderedDict[Hashable, tuple[tuple[str, Hashable], Executable, bool]] = OrderedDict()
-        """Key of a training's step → (model, `call_key` of the loss), executable, whether the optimizer takes the loss;
-        least recently used first."""
+        self.by_step: OrderedDict[Hashable, tuple[tuple[str, Hashable], Executable, str, bool]] = OrderedDict()
+        """Key of a training's step → (model, `call_key` of the loss), executable, digest, whether the optimizer takes the
+        loss; least recently used first."""
         self.compiling: dict[Hashable, Future] = {}
         """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
         self.parts: dict[str, LastCall] = {}
@@ -238,7 +245,7 @@ class ProgramCache:
         call = trace_call(request, find=find)
         request, traced = call.request, call.traced
         if call.known is not None:
-            return BuiltProgram(key, request, call.known)
+            return BuiltProgram(key, request, call.known, digest=call.known.digest)
         if call.trace.foreign:
             raise ForeignOutput(call.trace.foreign)
         assert start is not None
@@ -268,7 +275,8 @@ class ProgramCache:
                     self.compiling.pop(forgotten, None)
                 future = self.compiling[text_key] = self.compiler.start(lowered, shared_key, looks(request))
         assert trees is not None  # they are kept with the program's text
-        return PendingProgram(key, call, trees, text_key, shareable, executable, future, timing, resumed)
+        digest = digest_of(text_key if shareable else None, traced)
+        return PendingProgram(key, call, trees, text_key, digest, shareable, executable, future, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
         """The cached executable of a lowered program, None where there is none with these structures."""
@@ -306,8 +314,8 @@ class ProgramCache:
         known = next((one for one in self.by_call.values() if one.executable is executable), None)
         if known is None:
             device = name_devices(devices_of(executable) or {default_device()})
-            known = Program(executable, call.needs, call.trace, device, memory_of(executable), effects)
-        program = replace(known, needs=call.needs, trace=call.trace, effects=effects)
+            known = Program(executable, call.needs, call.trace, device, memory_of(executable), pending.digest, effects)
+        program = replace(known, needs=call.needs, trace=call.trace, digest=pending.digest, effects=effects)
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
@@ -335,10 +343,8 @@ class ProgramCache:
         old = [self.by_call.pop(key, None) for key in [*self.by_call] if key not in current]
         dropped = {id(program.executable) for program in old if program is not None}
         dropped -= {id(program.executable) for program in [*self.by_call.values()]}
-        latest = {name: loss for (name, loss), _, _ in self.by_step.values() if name in models}
-        steps = [
-            key for key, ((name, loss), _, _) in self.by_step.items() if name not in latest or latest[name] != loss
-        ]
+        latest = {name: loss for (name, loss), *_ in self.by_step.values() if name in models}
+        steps = [key for key, ((name, loss), *_) in self.by_step.items() if name not in latest or latest[name] != loss]
         dropped |= {id(self.by_step.pop(key)[1]) for key in steps}
         for text_key in [key for key, (executable, _) in [*self.by_text.items()] if id(executable) in dropped]:
             self.by_text.pop(text_key, None)
@@ -361,7 +367,7 @@ class ProgramCache:
         future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
         if future is not None:
             self.compiling[text_key] = future
-        return Compiling(executable, future, timing, text_key, None if key is None else trees)
+        return Compiling(executable, future, timing, text_key, trees if key else None, digest_of(key, traced))
 
     def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
         """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""
@@ -388,6 +394,7 @@ class Services(Struct, eq=False):
       on_phase: called with what is being done, as it begins.
       seen: keys that were met before, for notes on reused keys.
       on_progress: called at most twice a second by a training under way, with the Run of what it has done so far.
+      deadline: seconds that the processes of a job wait for each other's answer.
     """
 
     programs: ProgramCache
@@ -395,6 +402,7 @@ class Services(Struct, eq=False):
     on_phase: OnPhase
     seen: SeenKeys
     on_progress: Callable[[Run], None] = lambda run: None
+    deadline: float = DEADLINE
 
 
 def call_key(request: TraceRequest) -> Hashable | None:

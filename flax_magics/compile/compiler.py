@@ -338,7 +338,7 @@ class Compiler:
 
     def begin_to_load(self, looks: Hashable) -> None:
         """Begins to load the program that a call of these looks had in an earlier session, unless it was met in this one."""
-        disk = None if users_cache() else self.disk
+        disk = self._in_use()
         name = "" if disk is None else disk.program_of(disk.name_of(looks))
         if disk is not None and name and name not in self._met:
             self._met.add(name)
@@ -351,7 +351,7 @@ class Compiler:
           key: the `program_key`; None: no disk cache.
           looks: of the call that it is the program of, for `begin_to_load` in a later session.
         """
-        disk = self.disk if key is not None and not users_cache() else None
+        disk = None if key is None else self._in_use()
         name = "" if disk is None else disk.name_of(key)
         guess = self._guess
         if looks is not None:
@@ -368,6 +368,11 @@ class Compiler:
             return compiled
 
         return self.workers.submit(make)
+
+    def _in_use(self) -> DiskCache | None:
+        """The disk cache; None where it is off, or the user's own is used."""
+        # A program of several processes may be loaded by all of them alone, and each may have another disk.
+        return None if users_cache() or jax.process_count() > 1 else self.disk
 
     def _make(self, lowered: jax.stages.Lowered, disk: DiskCache | None, name: str) -> Compiled:
         """Loads or compiles a program, on a worker thread, and hands a compiled one over to be stored."""
@@ -433,6 +438,20 @@ def program_key(traced: jax.stages.Traced, lowered: jax.stages.Lowered, where: H
     avals = (*traced.jaxpr.in_avals, None, *traced.jaxpr.out_avals)
     types = tuple(aval and (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))) for aval in avals)
     return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
+
+
+def digest_of(key: Hashable | None, traced: jax.stages.Traced) -> str:
+    """A digest of a traced program that all processes of a job have alike, empty in a job of one.
+
+    Args:
+      key: its `program_key`.
+    """
+    if jax.process_count() == 1:
+        return ""
+    if isinstance(key, tuple):
+        return str(key[0])
+    # What the text has of a host callback is an address.
+    return hashlib.sha256(re.sub(r"[0-9]{6,}", "", traced.lower().as_text()).encode()).hexdigest()
 
 
 def keep(cache: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:

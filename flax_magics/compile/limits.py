@@ -115,9 +115,9 @@ def _loops(text: str) -> bool:
 
 
 def devices_in(tree: PyTree) -> set[jax.Device]:
-    """The devices that hold the arrays of `tree`; the default device where it has no arrays."""
+    """The devices of this process that hold the arrays of `tree`; the default device where it has no arrays."""
     leaves = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
-    return {device for leaf in leaves for device in leaf.devices()} or {default_device()}
+    return {device for leaf in leaves for device in leaf.sharding.addressable_devices} or {default_device()}
 
 
 def dtype_of(*trees: PyTree) -> str:

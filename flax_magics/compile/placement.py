@@ -21,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import is_gone, is_key, weakly_typed
+from ..base.digest import digest_of_alike, is_gone, is_key, is_spread, weakly_typed
 from ..base.measures import Lies, MeshUse, name_devices
 from ..base.private import is_in_mesh
+from ..base.processes import Processes, Standing, Waiting, processes_of
 from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
@@ -32,6 +33,7 @@ from ..line.axes import as_text
 from ..line.expression import Line
 from ..models.base import names_in
 from ..models.calls import Arguments
+from ..rng.keys import Draw, DrawBatch
 
 DATA = "data"
 """The axis of a mesh over which the leading axis of arrays is sharded."""
@@ -96,6 +98,11 @@ class Placement(Struct, frozen=True, dict=True):
         return NamedSharding(self.mesh, PartitionSpec(DATA)) if DATA in self.mesh.shape else self.replicated
 
     @cached_property
+    def processes(self) -> Processes | None:
+        """The processes of the job that the devices belong to; None where all are of this one."""
+        return processes_of(list(self.mesh.devices.flat))
+
+    @cached_property
     def _devices(self) -> set[jax.Device]:
         return set(self.mesh.devices.flat)
 
@@ -112,7 +119,7 @@ class Placement(Struct, frozen=True, dict=True):
         """A batch on the mesh, its rows cut where they can be; arrays that lie there stand as they are."""
 
         def place(leaf: Leaf) -> Leaf:
-            return leaf if self.holds(leaf) else jax.device_put(leaf, self.of_rows(leaf.shape[0]))
+            return leaf if self.holds(leaf) else put(leaf, self.of_rows(leaf.shape[0]))
 
         return jax.tree_util.tree_map(place, tree)
 
@@ -143,7 +150,7 @@ class Placement(Struct, frozen=True, dict=True):
             ours = before is not None and _lies_on(leaf, before.mesh)
             if self.holds(leaf) and not ours:
                 return leaf
-            return _put(leaf, self._sharding(leaf.shape, names, path))
+            return put(leaf, self._sharding(leaf.shape, names, path))
 
         return _mapped(place, tree, annotations)
 
@@ -210,13 +217,13 @@ class Placement(Struct, frozen=True, dict=True):
     def _put(self, leaf: Leaf, sharding: NamedSharding) -> Leaf:
         """An argument on the mesh. An array that was moved there before, and lives still, is not moved again."""
         if not isinstance(leaf, jax.Array) or leaf.is_deleted():
-            return jax.device_put(leaf, sharding)
+            return put(leaf, sharding)
         if self.holds(leaf):
             return leaf
         recent, key = self._recent, (id(leaf), sharding is self.replicated)
         reference, placed = recent.get(key, (None, None))
         if reference is None or reference() is not leaf:
-            placed = jax.device_put(leaf, sharding)
+            placed = put(leaf, sharding)
             recent[key] = weakref.ref(leaf, lambda _: recent.pop(key, None)), placed
             while len(recent) > RECENT:
                 recent.popitem(last=False)
@@ -292,6 +299,30 @@ def where_lies(tree: PyTree, name: str = "") -> Iterator[Lies]:
     return (Lies(name, how, size) for how, size in sizes.items())
 
 
+def agree(
+    waiting: Waiting,
+    placement: Placement | None,
+    draw: Draw | DrawBatch,
+    what: str,
+    *,
+    digest: str = "",
+    tree: PyTree = None,
+) -> None:
+    """Raises unless all processes of a mesh are about to run the same; does nothing on a mesh of this process alone.
+
+    Args:
+      what: is run, in words.
+      digest: of the program.
+      tree: what it is given. Arrays that no process has all of are not compared.
+
+    Raises:
+      FlaxMagicsError: some process stands elsewhere, or did not answer.
+    """
+    if placement is not None and placement.processes is not None:
+        standing = Standing(draw.first.seed, draw.first.number, what, digest, digest_of_alike(tree))
+        placement.processes.agree(standing, waiting)
+
+
 def in_force(placement: Placement | None) -> Placement | None:
     """The placement, unless it has one device alone, or the user's own mesh is set: that one stands."""
     return None if placement is None or placement.is_single or is_in_mesh() else placement
@@ -305,10 +336,10 @@ def on_one_device(tree: PyTree, placement: Placement) -> PyTree:
             return leaf
         if is_key(leaf):
             return jax.random.wrap_key_data(
-                jnp.asarray(np.asarray(jax.random.key_data(leaf))), impl=jax.random.key_impl(leaf)
+                jnp.asarray(np.asarray(whole(jax.random.key_data(leaf)))), impl=jax.random.key_impl(leaf)
             )
         # By way of the host: what `device_put` puts somewhere is bound to that device.
-        array = np.asarray(leaf)
+        array = np.asarray(whole(leaf))
         return weakly_typed(array) if leaf.weak_type else jnp.asarray(array)
 
     return jax.tree_util.tree_map(back, tree)
@@ -324,10 +355,26 @@ def _lies_on(leaf: Leaf, mesh: Mesh) -> bool:
     return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
 
 
-def _put(leaf: Leaf, sharding: NamedSharding) -> Leaf:
+def put(leaf: Leaf, sharding: NamedSharding) -> Leaf:
+    """A leaf laid out by a sharding. Shapes stay shapes.
+
+    Over several processes each puts its own parts of an array that all of them have.
+    """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type, sharding=sharding)
-    return jax.device_put(leaf, sharding)
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    # `device_put` would first compare it in all processes: a program of its own, whenever an array is put.
+    if is_key(leaf):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    array = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    placed = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+    return weakly_typed(placed) if getattr(leaf, "weak_type", False) else placed
+
+
+def whole(leaf: Leaf) -> Leaf:
+    """An array that this process has all of; of one that others hold parts of a copy, which all have to ask for."""
+    return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec())) if is_spread(leaf) else leaf
 
 
 def _mapped(place: Callable[[Leaf, Names | None, str], Leaf], tree: PyTree, annotations: Annotations | None) -> PyTree:
@@ -405,4 +452,9 @@ def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     # By position: the name of the first argument is another since jax 0.11.1.
     count = int(np.prod(sizes, dtype=int))
+    left = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
+    if left:
+        write = f"%flax_mesh {as_text({**dict.fromkeys(axes, 1), next(iter(axes)): -1})}"
+        message = f"{as_text(axes)} leaves process {min(left)} of this job without a device: each takes part in a mesh."
+        raise FlaxMagicsError(message, write=write)
     return Placement(jax.make_mesh(sizes, tuple(axes), axis_types=types, devices=devices[:count]))

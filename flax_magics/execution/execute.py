@@ -20,7 +20,7 @@ from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
-from ..compile.placement import Placement, Shardings
+from ..compile.placement import Placement, Shardings, agree
 from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
@@ -140,7 +140,7 @@ def execute(request: ApplyRequest) -> Execution:
     if options.roofline and options.eager:
         message = "--roofline holds a compiled program against the machine; --eager compiles none."
         raise FlaxMagicsError(message, **written(f"{without_option(call.command, '--eager')} {call.text}"))
-    with plain_errors(request.bound.call):
+    with plain_errors(request.bound.call, request.placement):
         variables, built = held_variables(request), None
         if variables is None:
             variables, built = _initialise(request)
@@ -280,6 +280,8 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
         wanted = wanted_of(request, variables.entry, variables.values)
         if request.op_by_op:
             traced = needs_by_shapes(wanted)
+            inputs = wanted.variables, wanted.arguments.leaves
+            agree(services, wanted.placement, wanted.draw, wanted.name, tree=inputs)
             built = BuiltProgram(None, traced.request, None, "eager")
         else:
             built = finish_program(begin_program(wanted, services), services)
@@ -292,6 +294,7 @@ class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
     """Turns errors of Flax, JAX and XLA that can only have one reason into a short message; passes other errors."""
 
     call: Call
+    placement: Placement | None = None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
@@ -302,6 +305,12 @@ class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
             _check_inputs(self.call)
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
+        processes = None if self.placement is None else self.placement.processes
+        # What a collective says of a process that has ended is a port of its host.
+        if processes is not None and isinstance(error, Exception) and not isinstance(error, FlaxMagicsError):
+            ended = processes.why_failed(self.call.text)
+            if ended is not None:
+                raise ended from None
         sharded = None if error is None else _of_explicit_axes(error, self.call)
         if sharded is not None:
             raise sharded from None

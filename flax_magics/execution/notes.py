@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 import jax
 import numpy as np
 
-from ..base.digest import data_of, is_key
+from ..base.digest import data_of, is_key, is_spread
 from ..base.output import has_nan
 from ..base.text import join
 from ..base.types import Leaf
@@ -103,8 +103,8 @@ def of_params(variables: Collections) -> Iterator[Note]:
     """
     zero, weight = True, ""
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]:
-        # Another process holds parts of it, or it is no array: it cannot be read here.
-        if not isinstance(leaf, jax.Array) or not leaf.is_fully_addressable:
+        # It is no array, or another process holds parts of it: it cannot be read here.
+        if not isinstance(leaf, jax.Array) or is_spread(leaf):
             return
         if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
             continue

@@ -17,6 +17,7 @@ from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
+from ..compile.placement import agree
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
 from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables
 from ..rng.keys import SPLIT, Draw, DrawBatch, Words
@@ -232,12 +233,14 @@ def begin_program(request: TraceRequest, services: Services, since: float | None
 
 
 def finish_program(begun: StartedProgram, services: Services, variables: Variables | None = None) -> BuiltProgram:
-    """Waits until the program is compiled, and adds the reason why it is new.
+    """Waits until the program is compiled, and adds the reason why it is new. Of several processes all are asked first.
 
     Args:
       variables: the arrays, where `begin_program` was given their shapes.
     """
     request = begun.request
+    inputs = request.variables if variables is None else variables, request.arguments.leaves
+    agree(services, request.placement, request.draw, request.name, digest=begun.digest, tree=inputs)
     built = services.programs.finish(begun, lambda phase: services.on_phase(f"{phase} {request.name}"))
     if variables is not None:
         held = {name: variables[name] for name in request.variables}

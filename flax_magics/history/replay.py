@@ -6,6 +6,7 @@ what its code reads from outside (globals, files) may have changed since, which 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
@@ -17,12 +18,13 @@ from msgspec.structs import replace
 
 from ..base.curve import Curve
 from ..base.measures import Timing
-from ..base.output import Agreement, with_digest, with_output
+from ..base.output import Agreement, Difference, with_digest, with_output
 from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
 from ..compile.compiler import settings
+from ..compile.placement import Placement, agree
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
@@ -98,6 +100,7 @@ class Replaying(Struct, frozen=True):
             agreement = replace(with_output(before, now), against="losses")
         else:
             agreement = Agreement(None)
+        agreement = self._in_all(agreement, stored)
         news = {"output": repeat.output, "sown": repeat.sown, "program": repeat.program, "timing": repeat.timing}
         unset = {"reason": "", "causes": (), "cost": None, "limits": None, "cell": None, "notes": (), "made": None}
         return like(
@@ -141,9 +144,26 @@ class Replaying(Struct, frozen=True):
             arguments = {name: leaf for name, leaf in zip(how.names, stored.inputs[1], strict=True) if name is not None}
             if how.placement is not None:
                 arguments = how.placement.put(arguments, how.shardings)
+            what = f"the replay of {call.text}"
+            agree(self.services, how.placement, draw, what, digest=program.digest, tree=variables)
             result = plan.run(draw, variables, arguments, self.services)
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
+
+    def _in_all(self, agreement: Agreement, stored: StoredRun) -> Agreement:
+        """What all processes of the run's mesh found, each of which has compared what it holds."""
+        placement: Placement | None = getattr(None if stored.origin is None else stored.origin.how, "placement", None)
+        if placement is None or placement.processes is None:
+            return agreement
+        processes, services, what = placement.processes, self.services, f"the comparison with draw {stored.facts.draw}"
+        text = json.dumps({"identical": agreement.identical})
+        found = processes.gather(text, what, services)
+        differs = [json.loads(one).get("identical") is False for one in found]
+        others = [str(rank) for rank, one in enumerate(differs) if one and rank != processes.rank]
+        if not others:
+            return agreement
+        differ = Difference("", text=f"other bits in process {', '.join(others)}")
+        return replace(agreement, identical=False, differences=(*agreement.differences, differ))
 
     def _check(self, stored: StoredRun) -> None:
         """Raises FlaxMagicsError where something is gone that a run needs to be run again."""

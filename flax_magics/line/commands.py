@@ -376,6 +376,10 @@ FLAX_MESH = Command(
     "%flax_train that of each batch. Variables are whole on each device, or cut over the axes that their annotations name: "
     "nn.with_partitioning, or the sharding of an NNX Variable. Dropout masks are those of one device, every bit; sums may "
     "differ in the last ones.\n\n"
+    "In a job of several processes (jax.distributed.initialize) the mesh is of the devices of all of them. Each runs the "
+    "same cells with the same arrays, and takes its part; parts of your own are made one array by "
+    "jax.make_array_from_process_local_data. Where the processes have come apart, a run fails before it begins. Reports "
+    "come from process 0.\n\n"
     "The mesh has Auto axes. What you have sharded yourself stands, and so does a mesh of your own (jax.set_mesh): inside "
     "it nothing is laid out. For arrays of your own flax_magics.session().mesh() has .mesh, .batch and .replicated.",
     (SILENT,),

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import jax
 from msgspec.structs import replace
 
+from ..base.digest import is_spread
 from ..base.measures import default_device
 from ..base.private import is_in_mesh
 from ..base.threads import until_committed
-from ..compile.placement import Placement, of_devices, on_one_device
+from ..compile.placement import Placement, agree, of_devices, on_one_device
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.surroundings import stand_outside
@@ -20,6 +21,7 @@ from ..line.axes import as_text, check, read
 
 if TYPE_CHECKING:
     from ..base.types import PyTree
+    from ..compile.cache import Services
     from ..state.entry import ModelEntry
     from ..state.state import State
 
@@ -30,6 +32,7 @@ class MeshMethods:
     """The part of a Session that chooses devices."""
 
     _state: State
+    services: Services
     _in_place_of: Callable[[State], AbstractContextManager[None]]
 
     def mesh(self, axes: Mapping[str, int] | str | None = None, /, **sizes: int) -> Placement | None:
@@ -39,34 +42,52 @@ class MeshMethods:
         their annotations say (`nn.with_partitioning`, an NNX Variable's sharding). A mesh or sharded arrays of your own
         stand. Its `mesh` is the `jax.sharding.Mesh`, its `batch` and `replicated` are shardings for arrays of your own.
 
+        In a job of several processes it is of the devices of all of them: each makes the same calls with the same arrays,
+        and takes its part of them.
+
         Args:
           axes, sizes: axis → number of devices, as `mesh(data=4, model=2)` or `mesh("data=4,model=2")`; one of them may be
             -1, for all that are left. "off" goes back to one device.
 
         Raises:
-          FlaxMagicsError: they do not go with the devices, or an annotated variable cannot be cut so.
+          FlaxMagicsError: they do not go with the devices, an annotated variable cannot be cut so, or another process of
+            the job does something else.
         """
         if axes is None and not sizes:
             return self._state.placement
         if axes == "off":
             stand_outside(surroundings.of_state, "%flax_mesh off", "%flax_mesh off")
-            return self._placed_on(None)
+            return self._placed_on(None, "%flax_mesh off")
         wanted = {**(read(axes) if isinstance(axes, str) else axes or {}), **sizes}
         check(wanted)
         line = f"%flax_mesh {as_text(wanted)}"
         stand_outside(surroundings.of_state, line, line)
-        if jax.process_count() > 1:
-            message = f"{line}: this job has {jax.process_count()} processes, and a session's mesh is of one."
-            raise FlaxMagicsError(message, hint="arrays that you shard yourself run sharded")
         if is_in_mesh():
             message = "a mesh of your own is set here, and it stands: runs inside it are laid out by what you write."
             raise FlaxMagicsError(message, hint=f"outside of it (no jax.set_mesh, no `with mesh:`) {line} sets one")
-        return self._placed_on(of_devices(wanted, jax.devices(default_device().platform)))
+        return self._placed_on(of_devices(wanted, jax.devices(default_device().platform)), line)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process shows what it does: of several that run together the first alone."""
+        placement = self._state.placement
+        return placement is None or placement.processes is None or placement.processes.rank == 0
 
     @until_committed
-    def _placed_on(self, placement: Placement | None) -> Placement | None:
+    def _placed_on(self, placement: Placement | None, line: str) -> Placement | None:
         """Makes it the session's, and moves all variables there; of None to one device. All of it or nothing."""
         before = self._state
+        held = {name: entry.held for name, entry in before.models.items()}
+        parted = [name for name, tree in held.items() if any(map(is_spread, jax.tree_util.tree_leaves(tree)))]
+        on = placement or before.placement
+        if parted and on is not None and on.processes is not None and on.processes.why_failed(line) is not None:
+            message = f"{line}: parts of `{parted[0]}` were in a process that has ended, and are lost."
+            raise FlaxMagicsError(
+                message, hint="a kernel that is started anew goes on with a saved session: %flax_load"
+            )
+        # To give up what each process has whole takes no other.
+        if placement is not None or parted:
+            agree(self.services, on, before.root.draw(), line, tree=held)
         entries, writes = {}, []
         for name, entry in before.models.items():
             entries[name], write = _moved(entry, before.placement, placement)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, magics_class
-from traitlets import Bool, Dict, Enum, Int, observe, validate
+from traitlets import Bool, Dict, Enum, Float, Int, observe, validate
 
 from ..cells.journal import Load, state_of
 from ..errors import FlaxMagicsError, did_you_mean
@@ -81,19 +81,28 @@ class FlaxMagics(Magics):
         help="How many bytes are kept of what only %flax_replay needs: inputs, and variables that later runs overwrote.",
     ).tag(config=True)
 
+    deadline = Float(
+        10.0,
+        min=0.1,
+        help="How many seconds the processes of a job wait for each other's answer before they run a program together.",
+    ).tag(config=True)
+
     free = Bool(True, help="Whether %flax_free runs by itself after a cell that failed for want of device memory.").tag(
         config=True
     )
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         super().__init__(shell=shell, **kwargs)
-        self.notebook = Notebook(
-            shell, lambda: Settings(self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes)
-        )
+        self.notebook = Notebook(shell, self._settings)
         # Until what a first run needs was imported, see `end_cell`.
         self._imports_wait = True
 
     # -- settings
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes, deadline=self.deadline
+        )
 
     @validate("seed")
     def _check_seed(self, proposal: Any) -> int:
@@ -108,7 +117,7 @@ class FlaxMagics(Magics):
             raise FlaxMagicsError(message, write=restart_line(seed, fresh=False))
         return seed
 
-    @observe("seed", "disk_cache", "replay_bytes")
+    @observe("seed", "disk_cache", "replay_bytes", "deadline")
     def _tell_session(self, change: Any) -> None:
         session = existing()
         if session is None:
@@ -117,6 +126,8 @@ class FlaxMagics(Magics):
             session.programs.compiler.keep_on_disk(change["new"])
         elif change["name"] == "replay_bytes":
             session.replay_bytes = change["new"]
+        elif change["name"] == "deadline":
+            session.services.deadline = change["new"]
         # Before the first draw nothing depends on the seed.
         elif not session.draws:
             session.restart(change["new"])

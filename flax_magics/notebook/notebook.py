@@ -125,7 +125,12 @@ class Notebook:
 
     def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
         self.shell, self.settings = shell, settings
-        self.reporter = Reporter(shell, settings, lambda: self.session.first_findings(shell.user_ns, shell))
+        self.reporter = Reporter(
+            shell,
+            settings,
+            lambda: self.session.first_findings(shell.user_ns, shell),
+            lambda: (session := existing()) is None or session.speaks,
+        )
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
         self.interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
         self.called: ModelCall | None = None
@@ -147,6 +152,7 @@ class Notebook:
 
             settings = self.settings()
             session = current(settings.seed, disk_cache=settings.disk_cache, replay_bytes=settings.replay_bytes)
+            session.services.deadline = settings.deadline
         return session
 
     def names(self) -> Names:

@@ -36,6 +36,7 @@ class Settings(Record):
     notes: dict[str, bool]
     disk_cache: bool
     replay_bytes: int
+    deadline: float
 
 
 class Reporter:
@@ -45,12 +46,17 @@ class Reporter:
 
     Args:
       first: gives notes for the first report; not called before that.
+      speaks: says whether anything is shown but errors: of several processes that run together the first alone does.
     """
 
     def __init__(
-        self, shell: Any, settings: Callable[[], Settings], first: Callable[[], tuple[Note, ...]] | None = None
+        self,
+        shell: Any,
+        settings: Callable[[], Settings],
+        first: Callable[[], tuple[Note, ...]] | None = None,
+        speaks: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._shell, self._settings = shell, settings
+        self._shell, self._settings, self._speaks = shell, settings, speaks
         self._said: set[tuple[str, str]] = set()
         # Until the first report of this kernel, which also has what is wrong with JAX here.
         self._first: Callable[[], tuple[Note, ...]] | None = first
@@ -144,11 +150,12 @@ class Reporter:
 
             self._live = Live(self._shell)
         self._live.within = None if self._display_id is None else self._show_with
+        self._live.speaks = self._speaks()
         return self._live
 
     def publish(self, bundle: Mapping[str, object]) -> None:
         """Shows a MIME bundle, unless it is empty."""
-        if bundle:
+        if bundle and self._speaks():
             from ..report.live import publish
 
             publish(self._shell, bundle)
@@ -156,7 +163,7 @@ class Reporter:
     def report_again(self, outcome: Outcome, live: Live, *, quiet: bool) -> None:
         """`report` of a run of a line that ran before."""
         repeated, counted, loop = outcome.repeated, self._counted, self._loop
-        if quiet and not outcome.stored.notes:
+        if (quiet and not outcome.stored.notes) or not self._speaks():
             self._put_off(outcome)
         elif quiet or repeated is None or counted is None or loop is None or not repeated.is_like(counted):
             is_counted = self.report(outcome.run, live, quiet=quiet)
@@ -175,6 +182,10 @@ class Reporter:
 
         Returns whether the cell's counting line has it.
         """
+        if not self._speaks():
+            self._read_later(run)
+            live.clear()
+            return False
         if self._first is not None:
             first, self._first = self._first, None
             run = run.with_notes((*run.notes, *found)) if (found := first()) else run

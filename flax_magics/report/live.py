@@ -46,6 +46,7 @@ class Live:
     Attributes:
       display_id: of the display that shows the line, None if none was shown in a notebook.
       within: shows the line's text as a part of what the cell shows already; None for a display of its own.
+      speaks: whether anything is shown at all.
       progress: makes of the line's text what is shown in its place, by a command that can tell how far it is; None for the
         line alone. It is called on another thread. On a terminal the text of the bundle is one line.
     """
@@ -63,6 +64,7 @@ class Live:
         # A display of the running cell that was cleared: the cell's next live line takes it.
         self._cleared: str | None = None
         self.within: Callable[[str], None] | None = None
+        self.speaks = True
         self.progress: Callable[[str], Mapping[str, object]] | None = None
         self._shell, self._stream = shell, stream
         self._in_kernel = getattr(shell, "kernel", None) is not None
@@ -107,7 +109,7 @@ class Live:
 
     def show(self, bundle: Mapping[str, object]) -> None:
         """Publishes a MIME bundle, replacing the line if one is shown. An empty bundle clears the line."""
-        if not bundle:
+        if not bundle or not self.speaks:
             self.clear()
         elif self._shell is None:
             print(bundle.get("text/plain", ""))
@@ -131,6 +133,8 @@ class Live:
         self._cleared = None
 
     def _visible(self) -> bool:
+        if not self.speaks:
+            return False
         with suppress(AttributeError, ValueError):  # `sys.stderr` may be None (pythonw) or closed
             return self._in_kernel or (self._stream or sys.stderr).isatty()
         return False

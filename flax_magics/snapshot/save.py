@@ -9,12 +9,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import is_spread
 from ..base.files import checked_target
 from ..base.text import clean, plural
 from ..base.threads import Future, Workers, uninterrupted, wait_for
+from ..compile.cache import Services
+from ..compile.placement import agree, whole
 from ..errors import FlaxMagicsError
 from ..run import COMMANDS, Note, Run
 from ..state.runs import RunLog, backwards, length
@@ -80,12 +84,21 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
-    """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
+def save_session(state: State, path: str | os.PathLike[str], services: Services) -> Saved:
+    """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one.
+
+    Of several processes with one mesh the first writes, once it has the parts of arrays that others hold.
+    """
     target = path_of(path)
     for entry in state.models.values():
         entry.check_alive(f"{entry.name}(…)")
     snapshot = document.with_sources(document.take(state), state)
+    trees = [(model.variables, model.training and model.training.trees) for model in snapshot.models]
+    if any(map(is_spread, jax.tree_util.tree_leaves(trees))):
+        agree(services, state.placement, state.root.draw(), f"%flax_save {path}")
+        snapshot = replace(snapshot, models=tuple(map(_whole, snapshot.models)))
+    if not _writes(state):
+        return _saved(target, 0, snapshot, state.runs)
     ticket = threading.Lock()
     work = _writers.submit(lambda: document.write(target, snapshot, state.runs, None, ticket))
     try:
@@ -94,6 +107,20 @@ def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
         ticket.acquire(blocking=False)  # once this thread has it, the writer does not replace the file any more
         raise
     return _saved(target, size, snapshot, state.runs)
+
+
+def _whole(model: SavedModel) -> SavedModel:
+    """The model with all of each array, where processes have parts of it; they all have to ask for that."""
+    training = model.training
+    if training is not None:
+        training = replace(training, trees=jax.tree_util.tree_map(whole, training.trees))
+    return replace(model, variables=jax.tree_util.tree_map(whole, model.variables), training=training)
+
+
+def _writes(state: State) -> bool:
+    """Whether this process writes the file: of several with one mesh the first, since all have the same session."""
+    processes = None if state.placement is None else state.placement.processes
+    return processes is None or processes.rank == 0
 
 
 def _saved(path: Path, size: int, snapshot: Snapshot, runs: RunLog | None) -> Saved:
@@ -208,14 +235,14 @@ def _of_mesh(snapshot: Snapshot, current: State) -> list[Note]:
     return [Note("mesh", f"saved {was}, and here runs are {now}: {claim}")]
 
 
-def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
+def autosave_session(state: State, path: str | os.PathLike[str], services: Services) -> Autosave:
     """Starts saving in the background: once now, and from then on into the same file.
 
     A session without runs does not replace one in the file: turning autosave on in the first cell, after a restart,
     would lose what it is for.
     """
     # Absolute, since the working folder may change before a later save.
-    return Autosave(path_of(path).absolute(), _there(state, path_of(path)) or save_session(state, path))
+    return Autosave(path_of(path).absolute(), _there(state, path_of(path)) or save_session(state, path, services))
 
 
 def _there(state: State, target: Path) -> Saved | None:
@@ -281,6 +308,8 @@ class Autosave:
 
     def offer(self, state: State) -> None:
         """Takes a snapshot of the state, to be written soon."""
+        if not _writes(state):
+            return
         try:
             snapshot = document.take(state)
         except Exception as error:  # the run has succeeded, and must not fail for its saving

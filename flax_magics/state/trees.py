@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze
 from msgspec import Struct
 
-from ..base.digest import is_key, weakly_typed
+from ..base.digest import is_key, is_spread, weakly_typed
 from ..base.files import Damaged
 from ..base.text import quoted_name
 from ..base.types import HostArray, PyTree
@@ -97,7 +97,7 @@ class Writer:
     def _array(self, array: jax.Array | HostArray | np.generic, path: str) -> Node:
         name = self._name(path)
         if isinstance(array, jax.Array):
-            if not array.is_fully_addressable:
+            if is_spread(array):
                 raise _cannot(path, "other processes hold parts of it")
             if is_key(array):
                 self.arrays[name] = np.asarray(jax.random.key_data(array))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..base.digest import is_spread
 from ..base.measures import LayerGradient
 from ..base.types import Leaf, PyTree
 from ..models.base import Variables
@@ -58,7 +59,7 @@ def _measured(weight: Leaf, gradient: PyTree) -> LayerGradient:
     size = int(np.size(weight))
     if gradient is None:
         return LayerGradient((), "", size, frozen=size)
-    if not getattr(gradient, "is_fully_addressable", True):  # another process holds parts of it
+    if is_spread(gradient) or is_spread(weight):
         return LayerGradient((), "", size)
     values = _wide(gradient)
     return LayerGradient(

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from ..base.curve import EVAL, Evaluation
 from ..base.types import PyTree
 from ..compile.cache import Program
+from ..compile.placement import agree
 from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError
 from ..execution import record
@@ -97,7 +98,10 @@ class Look:
                 services.on_phase(f"{name} {self._request.entry.name}")
 
             with left_out():
-                built = services.programs.finish(services.programs.start(request, phase), phase)
+                begun = services.programs.start(request, phase)
+                what = f"the look at {self._text}"
+                agree(services, request.placement, self._draw, what, digest=begun.digest, tree=tree)
+                built = services.programs.finish(begun, phase)
             assert built.program is not None
             self._programs[shapes] = built.program, built.request
             needs, values = built.program.needs, RunVariables(self._entry, variables)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base.curve import Curve, Evaluation
-from ..base.threads import Interrupts, Unfinished, smallest
+from ..base.processes import OFTEN
+from ..base.threads import Future, Interrupts, OneByOne, Unfinished, smallest
 from ..base.types import HostArray, Leaf
+from ..compile.cache import Services
+from ..compile.placement import Placement, agree
+from ..errors import FlaxMagicsError
 from ..models.base import Variables
+from ..rng.keys import Draw
 from .data import Batch, Data
 from .group import Groups, StepProgram
 from .step import StepResult, TrainState
@@ -137,6 +143,50 @@ class Schedule:
         return by_count or step in self._ends
 
 
+class Together:
+    """The processes of a job that do the steps of a training together.
+
+    Args:
+      text: the call, for messages.
+
+    Attributes:
+      beside: where steps are dispatched, so that this thread can leave one for which another process never comes.
+    """
+
+    def __init__(self, placement: Placement, services: Services, draw: Draw, text: str) -> None:
+        assert placement.processes is not None
+        self._processes, self._placement, self.beside = placement.processes, placement, OneByOne()
+        self._services, self._draw, self._text = services, draw, text
+
+    def agree(self, step: int, batch: Batch) -> None:
+        """Now and then, raises unless all of them are about to do that step with the same batch."""
+        if step % OFTEN == 0:
+            what = f"step {step} of {self._text}"
+            agree(self._services, self._placement, self._draw, what, tree=(batch.rows, batch.tree))
+
+    @property
+    def seconds(self) -> float:
+        """How long the others are waited for."""
+        return self._services.deadline
+
+    def check(self) -> None:
+        """Raises where one of them has stopped."""
+        self._processes.check_stopped(self._text)
+
+    def stop(self, steps: int, error: BaseException | None) -> tuple[int, int]:
+        """Tells the others that this one stops after so many steps; gives the fewest and the most that any has begun."""
+        why = ""
+        if error is not None:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            why = str(error).partition("\n")[0].rstrip(".") if isinstance(error, FlaxMagicsError) else why
+        of_all = self._processes.stop(steps, why, self._text, self._services) or [steps]
+        return min(of_all), max(of_all)
+
+    def why_failed(self) -> FlaxMagicsError | None:
+        """The error for a step that failed because one of them has ended."""
+        return self._processes.why_failed(self._text)
+
+
 class TrainingLoop:
     """One training under way.
 
@@ -144,6 +194,7 @@ class TrainingLoop:
       program_of: finds or compiles the program for a batch.
       state: after the steps that are finished.
       curve: of the steps that are finished.
+      together: with other processes; None for this one alone.
 
     Attributes:
       state, numbers: after the last finished step.
@@ -161,6 +212,7 @@ class TrainingLoop:
         curve: Curve,
         groups: Groups,
         unfinished: Unfinished,
+        together: Together | None = None,
     ) -> None:
         self._program_of, self._data, self._schedule, self._groups = program_of, data, schedule, groups
         self.state, self.numbers = state, Numbers(curve)
@@ -171,8 +223,14 @@ class TrainingLoop:
         self._deadline: float | None = None
         self._since: float | None = None
         """When the steps began whose time is not in `_seconds` yet; None while there are none."""
-        self._unfinished = unfinished
+        self._unfinished, self._together = unfinished, together
         self._pending: deque[Dispatched] = deque()
+        self._last: Callable[[], StepResult] | None = None
+        """Does the newest step once more, of several processes."""
+        self._begun = self.step
+        """How many steps the device was given, those of earlier parts included."""
+        self._blocked: tuple[Future, Batch] | None = None
+        """A step that blocks while it is dispatched, and its batch."""
         self.position = data.position
         """After the last finished step, in an iterable."""
         self._singly_until = 0
@@ -220,8 +278,14 @@ class TrainingLoop:
         self._since = time.perf_counter()
         try:
             self._run(interrupts, look, on_step)
-        except BaseException:
+            self._end(None)
+        except BaseException as error:
+            self._end(error)
             self._drain()
+            if self._together is not None and isinstance(error, Exception):
+                ended = self._together.why_failed()
+                if ended is not None:
+                    raise ended from None
             raise
         finally:
             self._seconds, self._since = self.seconds, None
@@ -235,7 +299,8 @@ class TrainingLoop:
             if not pending and self.step != looked and schedule.looks_after(self.step):
                 looked = self.step
                 begin = self.seconds
-                with interrupts.opened():
+                # Of several processes none leaves in the middle of one, in which the others would wait for it.
+                with interrupts.opened() if self._together is None else contextlib.nullcontext():
                     evaluation = look(self.step, self.state.variables, self._left_out)
                 self._looking += self.seconds - begin
                 self.evals.append(evaluation)
@@ -259,14 +324,46 @@ class TrainingLoop:
                 if batch is not None:
                     with interrupts.opened(), self._left_out():
                         program = self._program_of(batch)
-                    state = pending[-1].result.state if pending else self.state
-                    pending.append(Dispatched(program(state, following, batch), batch))
+                        if self._together is not None and following > self._first:
+                            self._together.agree(following, batch)
+                    self._dispatch(
+                        partial(program, pending[-1].result.state if pending else self.state, following), batch
+                    )
                 continue
             self._wait(interrupts)
             self._settle()
             with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
                 self._groups.count(self.step, schedule.total, self._in_steps)
             on_step()
+
+    def _dispatch(self, program: Callable[[Batch], StepResult], batch: Batch) -> None:
+        """Gives the device a step."""
+        self._begun += batch.steps
+        if self._together is None:
+            self._pending.append(Dispatched(program(batch), batch))
+            return
+        self._last = partial(program, batch)
+        self._blocked = self._together.beside.submit(self._last), batch
+        self._wait_together(self._blocked[0].done)
+        self._unblock(None)
+
+    def _unblock(self, limit: float | None) -> None:
+        """Waits for the step that is being dispatched, so many seconds at most."""
+        if self._blocked is not None:
+            (future, batch), self._blocked = self._blocked, None
+            self._pending.append(Dispatched(future.result(limit), batch))
+
+    def _wait_together(self, is_done: Callable[[], bool], interrupts: Interrupts | None = None) -> None:
+        """Waits for a step of several processes, as long as none of them has stopped."""
+        assert self._together is not None
+        sleep, looked = SLEEP_OF_BRIEF if self._is_brief else SLEEP, time.perf_counter()
+        while not is_done():
+            if interrupts is not None:
+                interrupts.check()
+            if time.perf_counter() > looked + LOOK:
+                self._together.check()
+                looked = time.perf_counter()
+            time.sleep(sleep)
 
     @contextlib.contextmanager
     def _left_out(self) -> Iterator[None]:
@@ -309,6 +406,10 @@ class TrainingLoop:
     def _wait(self, interrupts: Interrupts) -> None:
         """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
         alive = self._pending[0].result.alive
+        if self._together is not None:
+            # All end with the same step, whatever is under way.
+            self._wait_together(alive.is_ready, interrupts)
+            return
         if self._is_brief:
             alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
             return
@@ -338,6 +439,24 @@ class TrainingLoop:
         self.position = batch.position
         self._pending.popleft()
 
+    def _end(self, error: BaseException | None) -> None:
+        """Has all processes end with the same step: the last one that all of them have begun.
+
+        A step that some have begun is waiting for the others: they begin it, too, and all drop it.
+        """
+        if self._together is None:
+            return
+        together, limit = self._together, self._together.seconds
+        fewest, most = together.stop(self._begun, error)
+        with contextlib.suppress(Exception):  # of a process that has ended: whatever is left of its steps is given up
+            for _ in range(self._begun, most):
+                if self._last is not None:
+                    together.beside.submit(self._last).result(limit)
+            self._unblock(limit)
+        while self._pending and self.step + len(self._pending) > fewest:
+            self._unfinished.wait = smallest(self._pending.pop().result.loss)
+        together.beside.close()
+
     def _drain(self) -> None:
         """Counts the steps that the device finishes within `PATIENCE`, and gives the others up."""
         while self._pending:
@@ -357,6 +476,10 @@ BRIEF = 0.05
 """Seconds that a short step takes at most: the thread is blocked for it."""
 SLEEP = 1e-3
 """Seconds between two looks at the device during a longer one, so that Ctrl-C is heard."""
+SLEEP_OF_BRIEF = 5e-5
+"""The same during a short one of several processes, for which another may never come."""
+LOOK = 0.3
+"""Seconds that such a step takes until it is asked whether another process has stopped."""
 
 
 def started(variables: Any, opt_state: Any) -> TrainState:

@@ -10,15 +10,17 @@ import numpy as np
 from msgspec.structs import replace
 
 from ..base.measures import Timing
+from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.fingerprint import fingerprint
 from ..compile.cache import KEPT, Compiling, OnPhase, Services, call_key
 from ..compile.compiler import hashable, keep
+from ..compile.placement import agree
 from ..compile.trace import TraceRequest
 from ..models.calls import Kwargs, signature_of
 from ..rng.keys import Words
-from .data import Batch, Data
+from .data import ArrayData, Batch, Data
 from .group import StepProgram
 from .step import Step, StepResult, TrainState, lacks_loss
 
@@ -48,6 +50,7 @@ class StepPrograms:
         services: Services,
     ) -> None:
         self.name, self.step, self._keys, self._services = request.name, step, keys, services
+        self._request = request
         code = call_key(request), fingerprint(step.optimizer)
         self._code = None if None in code else (*code, step.batched, step.placement)
         """What all programs are made of; None where that cannot be told."""
@@ -69,11 +72,23 @@ class StepPrograms:
         program = self._programs.get(shapes)
         if program is None:
             compiling = self._started.pop(shapes, None) or self._timed(batch)
+            self._agree(batch, compiling.digest)
             program, origin, timing = self._finish(compiling, batch, self._phase)
             self.timing = replace(self.timing, compile=self.timing.compile + timing.compile)
             self.origin = self.origin or origin
             self._services.on_phase(f"training {self.name}")
         return program
+
+    def _agree(self, batch: Batch, digest: str) -> None:
+        """Asks all processes of the mesh whether they have this program and the same data."""
+        data, rows = (
+            self._data,
+            len(jax.tree_util.tree_leaves(batch.tree)[0]) if batch.rows is None else batch.rows.size,
+        )
+        # What lies on the mesh already may be cut: then the arrays are those that the user gave.
+        inputs = self._state, batch.tree, data.tree, data.first if isinstance(data, ArrayData) else None
+        what = f"training {self.name} with {plural(rows, 'row')} a step"
+        agree(self._services, self.step.placement, self._request.draw, what, digest=digest, tree=inputs)
 
     def start(self, batch: Batch) -> None:
         """Starts to compile the program for a batch, which `of` then waits for."""
@@ -90,9 +105,11 @@ class StepPrograms:
     def begin(self, batch: Batch) -> Callable[[], StepProgram | None] | None:
         """Starts to compile the program of several steps; returns a function that gives it, or None before it is there.
 
-        None where a step prints or calls back into Python: a trial would do that once more.
+        None where a step prints or calls back into Python: a trial would do that once more; and with several processes,
+        of which each would measure for itself what is faster.
         """
-        if self._has_effects:
+        placement = self.step.placement
+        if self._has_effects or (placement is not None and placement.processes is not None):
             return None
         compiling = self._begin(batch)
         self._services.on_phase(f"training {self.name}")
@@ -112,7 +129,12 @@ class StepPrograms:
         key = self._key(batch)
         # A program that calls back is that of the function that was traced.
         if self._code is not None and key is not None and not self._has_effects:
-            keep(programs.by_step, key, ((self.name, self._code[0]), executable, self.step.takes_loss), KEPT)
+            keep(
+                programs.by_step,
+                key,
+                ((self.name, self._code[0]), executable, compiling.digest, self.step.takes_loss),
+                KEPT,
+            )
         program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
         return program, origin, timing
 
@@ -148,9 +170,9 @@ class StepPrograms:
         programs, inputs = self._services.programs, self._inputs(batch)
         known = programs.by_step.get(self._key(batch))
         if known is not None:
-            _, executable, takes_loss = known
+            _, executable, digest, takes_loss = known
             self.step = replace(self.step, takes_loss=takes_loss)
-            return Compiling(executable)
+            return Compiling(executable, digest=digest)
         self._phase("tracing")
         function = self.step.step if batch.steps == 1 else self.step.group
 

@@ -18,7 +18,7 @@ from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
-from ..compile.placement import DATA, Placement, in_force
+from ..compile.placement import DATA, Placement, in_force, put
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
@@ -37,7 +37,7 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import NotFinite, Schedule, TrainingLoop, started
+from .loop import NotFinite, Schedule, Together, TrainingLoop, started
 from .loss import Loss
 from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
@@ -95,7 +95,7 @@ def train_model(
             training_data.check_divides(text, data, options.batch, placement, line)
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
-        with plain_errors(of_batch), leaks_told(loss.name):
+        with plain_errors(of_batch, placement), leaks_told(loss.name):
             ready = LossCall.of(state, entry, loss, of_batch, services, mode="train", said=said, again=again)
             return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
 
@@ -235,8 +235,9 @@ class Trainer:
             batch=options.batch,
         )
         beginning = started(values, opt_state)
+        several = None if placement is None or placement.processes is None else placement
         if placement is not None:
-            beginning = beginning._replace(alive=jax.device_put(beginning.alive, placement.replicated))
+            beginning = beginning._replace(alive=put(beginning.alive, placement.replicated))
         self.programs = StepPrograms(
             self.traced.request, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
@@ -255,6 +256,7 @@ class Trainer:
                 earlier.group if earlier is not None and (same or resumed is not None) else 1,
             ),
             unfinished=services.programs.unfinished,
+            together=None if several is None else Together(several, services, self.draw, self.call.text),
         )
 
     def _initialise(self) -> RunVariables:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -103,3 +104,66 @@ class Nursery:
             self._heard += more
         line, _, self._heard = self._heard.partition(b"\n")
         return line.decode().split()
+
+
+JOB = f"""
+import os, sys
+sys.path.insert(0, {SUPPORT!r})
+import jax
+rank, count = int(os.environ["RANK"]), int(os.environ["COUNT"])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_recoverability", True)
+jax.distributed.initialize(os.environ["COORDINATOR"], count, rank, heartbeat_timeout_seconds={{heartbeat}})
+"""
+
+
+class Job:
+    """Processes of one job, all of which run the same script, with their number in `rank`. In a `with`, which leaves none.
+
+    Their lines, and their errors, are read together.
+    """
+
+    def __init__(self, script: str, folder: str, count: int = 2, heartbeat: int = 100) -> None:
+        self._script = JOB.format(heartbeat=heartbeat) + textwrap.dedent(script)
+        self._folder, self._count = folder, count
+
+    def __enter__(self) -> Job:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", self._script],
+                cwd=self._folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={
+                    **environment(),
+                    **{
+                        "RANK": str(rank),
+                        "COUNT": str(self._count),
+                        "COORDINATOR": coordinator,
+                        "PYTHONUNBUFFERED": "1",
+                    },
+                },
+            )
+            for rank in range(self._count)
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def ended(self, rank: int, limit: float = 240) -> tuple[int, str]:
+        """Exit status and output of a process; the test fails where it takes longer than `limit` seconds."""
+        process = self.processes[rank]
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            for other in self.processes:
+                other.kill()
+            said = "\n".join(f"{number}: {other.communicate()[0]}" for number, other in enumerate(self.processes))
+            raise AssertionError(f"process {rank} has not ended\n{said}") from None
+        return process.returncode, output
