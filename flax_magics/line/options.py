@@ -73,18 +73,22 @@ class Command(Record):
     Attributes:
       name: with its percent signs, such as `%flax_apply`.
       usage: one or more lines, such as `%flax_apply [options] model.method(x, mask=m)`.
+      does: what it does, in one line of the help and of `%flax`.
       help: paragraphs, separated by blank lines.
-      options: in the order of the help text.
-      examples: lines or cells that run as they are, in this order.
+      options: in the order in which they are of use.
+      examples: two or three lines or cells that run as they are, in this order.
+      pitfalls: what can go wrong, and what then helps; a paragraph each.
       takes: what follows the options, for completion: `call`, `assignment`, `model`, `stream`, `draw`, `file`.
       bare: it works without anything after it; other commands then show their help.
     """
 
     name: str
     usage: str
+    does: str
     help: str
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
+    pitfalls: tuple[str, ...] = ()
     takes: str = "call"
     bare: bool = False
 
@@ -103,7 +107,7 @@ class Command(Record):
         return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
 
     def render_help(self) -> str:
-        """The help text: usage, help, options and examples."""
+        """The help text: usage, what it does, options, examples, and what can go wrong."""
         options = [
             (", ".join(option.flags) + (f" {option.metavar}" if option.metavar else ""), option.help)
             for option in (*self.options, HELP)
@@ -118,11 +122,18 @@ class Command(Record):
             lines += textwrap.wrap(
                 text, width(), initial_indent=first, subsequent_indent=" " * column, break_on_hyphens=False
             )
+        does = f"{self.does[0].upper()}{self.does[1:]}."
         paragraphs = [
-            textwrap.fill(paragraph, width(), break_on_hyphens=False) for paragraph in self.help.split("\n\n")
+            textwrap.fill(paragraph, width(), break_on_hyphens=False) for paragraph in (does, *self.help.split("\n\n"))
         ]
         blocks = [self.usage, *paragraphs, "\n".join(lines)]
-        blocks += ["examples:\n" + textwrap.indent("\n".join(self.examples), "  ")] if self.examples else []
+        between = "\n\n" if any("\n" in example for example in self.examples) else "\n"
+        blocks += ["examples:\n" + textwrap.indent(between.join(self.examples), "  ")]
+        pitfalls = (
+            textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+            for text in self.pitfalls
+        )
+        blocks += ["\n".join(("what can go wrong:", *pitfalls))]
         return "\n\n".join(blocks)
 
 

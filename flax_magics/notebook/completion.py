@@ -91,7 +91,7 @@ def values_of_setting(line: str, text: str, settings: Mapping[str, TraitType[Any
         case Enum():
             values = inside = tuple(trait.values or ())
         case Dict():
-            values, inside = tuple({kind: False} for kind in KINDS), KINDS
+            values, inside = tuple({kind: False} for kind in KINDS), tuple(KINDS)
         case Bool():
             values = (True, False)
         case Int():

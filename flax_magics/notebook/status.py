@@ -15,7 +15,7 @@ from ..base.measures import name_devices
 from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
-from ..line.commands import MEANINGS, restart_line
+from ..line.commands import COMMANDS, restart_line
 from ..mesh.view import cells
 from ..report.html import render, shown_bundle
 from ..report.text import Notice, line_of
@@ -37,6 +37,21 @@ NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
 RERUN = "out of order"
 ONLY_FRESH = "To check: Restart & Run All"
+FORMS = (
+    *("%flax", "%%flaxmodel [net = Net(…)]", "%flaxmodel net [= Net(…)]", "%flax_init net(x)", "%flax_apply net(x)"),
+    *(
+        "%flax_grad loss(net, batch)",
+        "%flax_train … loss(net, data)",
+        "%flax_summary net(x)",
+        "%flax_vars net [= EXPR]",
+    ),
+    *("%flax_key [--seed N | NAME]", "%flax_save FILE", "%flax_load FILE", "%flax_export [FILE]", "%flax_mesh data=-1"),
+    *("%flax_history", "%flax_replay N", "%flax_free", "%flax_doctor"),
+)
+"""The commands as one writes them, in the order in which they are listed."""
+MEANINGS = {command.name: command.does for command in COMMANDS.values()} | {
+    "%flaxmodel": "registers what is there already"
+}
 
 # Each row of the tables below: the text of its cells.
 Cells = tuple[tuple[str, ...], ...]
@@ -150,7 +165,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         ),
         reruns=tuple(told),
         versions=(f"flax_magics {__version__}", f"jax {jax.__version__}", f"flax {importlib.metadata.version('flax')}"),
-        commands=MEANINGS,
+        commands=tuple((form, MEANINGS[form.split()[0]]) for form in FORMS),
         mesh=tuple(cells(session.mesh(), {name: model.collections() for name, model in session.models.items()})),
     )
 

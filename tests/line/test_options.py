@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_magics.errors import FlaxMagicsError
+from flax_magics.line.commands import COMMANDS
 from flax_magics.line.options import Command, Option, read
 
 RUN = Command(
     "%run",
     "%run [options] net(x)",
-    "One forward pass.\n\n"
+    "one forward pass",
     "A second paragraph, long enough that it has to be broken somewhere before the eightieth column ends.",
     (
         Option("--train", "set the switch to training"),
@@ -26,6 +27,10 @@ RUN = Command(
         Option("--offset", "any number", metavar="N", type=int, least=None),
     ),
     ("%run net(x)", "y = %run --train net(x)"),
+    (
+        "It fails: what is to be done then is said here, in a line that has to be broken before the eightieth column.",
+        "It hangs: interrupt it.",
+    ),
 )
 
 HELP = """\
@@ -50,7 +55,12 @@ options:
 
 examples:
   %run net(x)
-  y = %run --train net(x)"""
+  y = %run --train net(x)
+
+what can go wrong:
+  It fails: what is to be done then is said here, in a line that has to be
+    broken before the eightieth column.
+  It hangs: interrupt it."""
 
 LISTED = """
   options: --train  -q/--quiet  --repeat  --mutable  --variables  --check
@@ -67,6 +77,24 @@ def given_options(line: str) -> dict[str, object]:
 def test_help_stands_in_eighty_columns() -> None:
     assert RUN.render_help() == HELP
     assert max(map(len, HELP.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_each_command_is_explained_in_the_same_way(command: Command) -> None:
+    blocks = command.render_help().split("\n\n")
+    assert blocks[1] == f"{command.does[0].upper()}{command.does[1:]}."
+    assert max(map(len, command.render_help().splitlines())) <= 80
+    assert command.help.endswith(".")
+    assert 2 <= len(command.examples) <= 3
+    assert 1 <= len(command.pitfalls) <= 4
+    assert all(pitfall.endswith(".") and pitfall[0].isupper() for pitfall in command.pitfalls)
+    # What the result is called, and how little is said of it, come last.
+    last = [option.flag for option in command.options if option.flag in ("--out", "--quiet")]
+    assert [option.flag for option in command.options][len(command.options) - len(last) :] == last
+    assert last == sorted(last)
+    # `;` is explained where it first stands.
+    silenced = [line for example in command.examples for line in example.splitlines() if ";" in line]
+    assert all("keeps the value from being printed" in line for line in silenced[:1])
 
 
 def test_every_option_has_its_default_when_nothing_is_given() -> None:

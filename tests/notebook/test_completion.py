@@ -25,6 +25,7 @@ COMMANDS = {
             "%flax_apply",
             "",
             "",
+            "",
             (
                 Option("--train", ""),
                 Option("--repeat", "", metavar="N", type=int),
@@ -32,8 +33,8 @@ COMMANDS = {
                 Option("--out", "", metavar="NAME", short="-o"),
             ),
         ),
-        Command("%flax_key", "", "", (Option("--seed", "", metavar="N", type=int),), takes="stream"),
-        Command("%%flaxmodel", "", "", (Option("--check", "", metavar="CALL", quotes=True),), takes="assignment"),
+        Command("%flax_key", "", "", "", (Option("--seed", "", metavar="N", type=int),), takes="stream"),
+        Command("%%flaxmodel", "", "", "", (Option("--check", "", metavar="CALL", quotes=True),), takes="assignment"),
     )
 }
 MODELS = {
@@ -271,7 +272,7 @@ FIRST = [
     ("%flax_apply --key ", ["z_rng", "image", "mask", "train", "x"]),
     ("%flax_apply --key z", ["z_rng"]),
     ("%flax_apply --key z_rng --key m", ["mask"]),
-    ("%flax_apply --", ["--train", "--eval", "--mutable"]),
+    ("%flax_apply --", ["--train", "--eval", "--samples"]),
     ("%flax_summary --", ["--train", "--eval", "--backward"]),
     ("%flax_apply --train ", ["bayes", "sampler", "--eval"]),
     ("%config FlaxMagics.report = ", ["'auto'", "'line'", "'normal'", "'details'", "'off'"]),
