@@ -1,17 +1,22 @@
-"""The example in JupyterLab, in headless Chromium: Run All, and the reports in light, in dark and in a narrow window."""
+"""JupyterLab and Notebook 7 in headless Chromium: Run All, and the reports in light, in dark, in a narrow window and by
+keyboard.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hostile
 import nbformat
 import pytest
-from lab import CELLS, MISSING, cell, choose_theme, go_to, menu, opened, serving
+from lab import CELLS, MISSING, NOTEBOOK, cell, choose_theme, faults, go_to, menu, opened, serving
+from sharp_bits import SHARP_BITS
 
 HOSTILE = "hostile.ipynb"
+SHORT = "short.ipynb"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
 pytestmark = [
     pytest.mark.browser,
@@ -55,6 +60,9 @@ def slowly(batch):
     "%flax_export --plain",
 )
 """Cells that are added to the example: a deep model, summarised; one trained; its draws, listed; all of it as plain Flax."""
+APPLY = "y = %flax_apply --train my_model(x)"
+LOSS = "import optax\n\ndef loss(net, batch):\n  return (net(batch) ** 2).mean()"
+TRAIN = "%flax_train --optimizer optax.adam(0.1) --steps 20 --eval x loss(my_model, x)"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,8 @@ def address_of(home, tmp_path_factory) -> Iterator[Callable[[str], str]]:
     nbformat.write(example, files / EXAMPLE.name)
     cells = [nbformat.v4.new_code_cell(source) for source in hostile.CELLS]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=example.metadata), files / HOSTILE)
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in (*SHARP_BITS, APPLY, LOSS, TRAIN, *SUMMARY[-2:])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=example.metadata), files / SHORT)
     with serving(files, folder, home / "jupyter_runtime_dir") as address_of:
         yield address_of
 
@@ -246,6 +256,36 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     assert training.locator("polyline").first.evaluate(stroke)
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_fault_in_a_report(page, theme):
+    choose_theme(page, theme)
+    assert faults(page) == []
+
+
+FOCUSED = "() => [document.activeElement.tagName, document.activeElement.parentElement.open]"
+
+
+def opens_by_keyboard(page: Any, source: str) -> None:
+    """From the cell whose source begins so, Tab leads to the details of its report, and Enter and Space open them."""
+    cell(page, source).locator(".cm-content").click()
+    page.keyboard.press("Escape")
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED)[0] == "SUMMARY":
+            break
+    assert page.evaluate(FOCUSED) == ["SUMMARY", False]
+    outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"  # one sees where one is
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUSED) == ["SUMMARY", True]
+    page.keyboard.press("Space")
+    assert page.evaluate(FOCUSED) == ["SUMMARY", False]
+
+
+def test_details_are_opened_by_the_keyboard_alone(page):
+    opens_by_keyboard(page, "y_train = ")
+
+
 @pytest.mark.parametrize("width", [1280, 700, 600, 480])
 def test_no_report_is_wider_than_its_place(page, tmp_path, width):
     page.set_viewport_size({"width": width, "height": 1600})
@@ -335,4 +375,26 @@ def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tm
         page.wait_for_timeout(500)
         assert page.evaluate("() => document.documentElement.scrollWidth") == width
         assert page.evaluate(OUTSIDE) == []
+    page.close()
+
+
+@pytest.mark.skipif(find_spec("notebook") is None, reason="Notebook 7 is not installed")
+def test_notebook_7_shows_what_jupyterlab_does(page, address_of, tmp_path):
+    page = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})
+    go_to(page, address_of(SHORT, NOTEBOOK))
+    run_all(page)
+    prompts = page.evaluate(f"() => {PROMPTS}")
+    assert all(any(letter.isdigit() for letter in prompt) for prompt in prompts), prompts
+    assert page.locator(REPORTS).count() >= 4
+    opens_by_keyboard(page, APPLY)
+    for theme in ("light", "dark"):
+        choose_theme(page, theme)
+        assert (report(page, APPLY).evaluate(LUMINANCE) > 155) is (theme == "dark")
+        assert faults(page) == []
+        for width in (1280, 600):
+            page.set_viewport_size({"width": width, "height": 1600})
+            page.wait_for_timeout(500)
+            page.screenshot(path=tmp_path / f"{theme}-{width}.png", full_page=True)
+            assert page.evaluate(WIDER) == []
+        page.set_viewport_size({"width": 1280, "height": 1600})  # narrow, its menus fold
     page.close()
