@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base.curve import Curve, Evaluation
+from ..base.digest import bytes_of
 from ..base.threads import Interrupts, Unfinished, smallest
 from ..base.types import HostArray, Leaf
 from ..models.base import Variables
@@ -22,7 +23,13 @@ from .group import Groups, StepProgram
 from .step import StepResult, TrainState
 
 AHEAD = 2
-"""How many steps the device is given ahead of what is known to be finished."""
+"""How many steps the device is given ahead of what is known to be finished, at least."""
+MOST = 32
+"""How many it is given at most: of short steps many are counted together, which takes half the time of one by one."""
+SECONDS = 0.15
+"""How long those take that it is given ahead of the others: an interrupt waits for them."""
+MEMORY = 1 << 26
+"""Bytes that they may hold: each has a state and a batch of its own."""
 PATIENCE = 0.4
 """Seconds that an interrupt waits for the steps which the device still does; after that they are given up."""
 
@@ -38,10 +45,11 @@ class NotFinite(Exception):
 
 
 class Dispatched(NamedTuple):
-    """A step, or a group of steps, that the device was given, and its batch."""
+    """A step, or a group of steps, that the device was given, its batch, and the number of the step after it."""
 
     result: StepResult
     batch: Batch
+    following: int
 
 
 class Numbers:
@@ -175,6 +183,8 @@ class TrainingLoop:
         self._pending: deque[Dispatched] = deque()
         self.position = data.position
         """After the last finished step, in an iterable."""
+        self._bytes = 1
+        """Those of the state and the batch of one step, once the first is there."""
         self._singly_until = 0
         """The step up to which none are done in groups, since one of them is not finite."""
         self.failed: tuple[Batch, Leaf] | None = None
@@ -211,7 +221,7 @@ class TrainingLoop:
 
         Args:
           look: evaluates the present state; called with no step under way.
-          on_step: called after each finished step.
+          on_step: called after finished steps: each long one, and several short ones.
 
         Raises:
           NotFinite: of a step, which is not taken.
@@ -240,32 +250,35 @@ class TrainingLoop:
                 self._looking += self.seconds - begin
                 self.evals.append(evaluation)
                 on_step()
-            following = self.step + sum(one.batch.steps for one in pending)
+            following = pending[-1].following if pending else self.step
             ends = schedule.ends_at(following)
             if ends and not pending:
                 return
-            tries = not ends and self._groups.to_try(following, schedule.next_look(following))
+            undecided = not self._groups.decided
+            tries = undecided and not ends and self._groups.to_try(following, schedule.next_look(following))
             if tries and not pending:
                 singles = self._groups.attempt(self.state, following, self._program_of)
-                pending += (Dispatched(*one) for one in singles)
+                pending += (Dispatched(*one, following + n) for n, one in enumerate(singles, 1))
                 continue
-            waits = (
-                len(pending) >= (AHEAD if self._is_brief else 1)
-                or tries
-                or bool(pending and schedule.looks_after(following))
-            )
+            most = self._most_ahead
+            waits = len(pending) >= most or tries or bool(pending and schedule.looks_after(following))
             if not ends and not waits:
                 batch = self._take(interrupts, following)
                 if batch is not None:
                     with interrupts.opened(), self._left_out():
                         program = self._program_of(batch)
                     state = pending[-1].result.state if pending else self.state
-                    pending.append(Dispatched(program(state, following, batch), batch))
+                    pending.append(Dispatched(program(state, following, batch), batch, following + batch.steps))
                 continue
-            self._wait(interrupts)
-            self._settle()
-            with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
-                self._groups.count(self.step, schedule.total, self._in_steps)
+            # The device does one half of them while the other is counted.
+            count = min(len(pending), max(1, most // 2))
+            self._wait(interrupts, pending[count - 1])
+            for _ in range(count):
+                if pending:  # none are left after a group that is not finite
+                    self._settle()
+            if undecided:
+                with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
+                    self._groups.count(self.step, schedule.total, self._in_steps)
             on_step()
 
     @contextlib.contextmanager
@@ -280,12 +293,15 @@ class TrainingLoop:
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
-        groups, until = self._groups, self._schedule.next_look(following)
-        in_group = groups.size > 1 and following >= self._singly_until and groups.begins_at(following, until)
-        steps = groups.size if in_group else 1
+        steps = self._groups.size
+        if steps > 1:
+            fits = self._groups.begins_at(following, self._schedule.next_look(following))
+            steps = steps if fits and following >= self._singly_until else 1
         # The first shuffle of a size is compiled.
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
+        if following == self._first and batch is not None:
+            self._bytes = sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, batch.tree))))
         if batch is None:
             assert self._data.position is not None  # arrays have no end
             self._schedule.end_epoch(following, self._data.position.epoch)
@@ -294,23 +310,30 @@ class TrainingLoop:
         return batch
 
     @property
-    def _is_brief(self) -> bool:
-        """Whether a step is so short that the device should have the next one before it has finished this one.
+    def _most_ahead(self) -> int:
+        """How many programs the device is given ahead.
 
-        After a long one a pause is nothing, and each step ahead takes the memory of a state.
+        While it does a step it should have the next one. After a long one a pause is nothing, and each takes memory.
         """
-        return self.step > self._first and self._in_steps / (self.step - self._first) < BRIEF
+        if self.step == self._first:
+            return 1
+        seconds = self._in_steps / (self.step - self._first)
+        if seconds > BRIEF:
+            return 1
+        if not self._groups.decided:  # each step is measured
+            return AHEAD
+        return max(AHEAD, min(MOST, int(SECONDS / (seconds * self._groups.size)), MEMORY // self._bytes))
 
     @property
     def _in_steps(self) -> float:
         """Seconds in the steps of this part of the training, without looks."""
         return self.seconds - self._before - self._looking
 
-    def _wait(self, interrupts: Interrupts) -> None:
-        """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
-        alive = self._pending[0].result.alive
-        if self._is_brief:
-            alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
+    def _wait(self, interrupts: Interrupts, last: Dispatched) -> None:
+        """Waits for a step and all before it; of an interrupt at most `PATIENCE` seconds more."""
+        alive = last.result.alive
+        if self._most_ahead > 1:
+            alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a few short steps
             return
         while not alive.is_ready():
             if interrupts.signal is not None and time.perf_counter() > self._until():
@@ -324,7 +347,7 @@ class TrainingLoop:
 
     def _settle(self) -> None:
         """Counts the oldest step or group, which the device has finished."""
-        result, batch = self._pending[0]
+        result, batch, _ = self._pending[0]
         if not np.asarray(result.alive).all():  # raises the error of a program that failed
             self._pending.clear()
             if batch.steps == 1:
