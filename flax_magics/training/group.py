@@ -41,6 +41,7 @@ class Groups:
 
     Attributes:
       size: steps in a group; 1 as long as there are none.
+      decided: it will not change any more.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class Groups:
         self.size, self._asked = 1, size if alike is None or size <= alike else 1
         self._built: Callable[[], StepProgram | None] | None = None
         self._program: StepProgram | None = None
-        self._over = not (isinstance(data, ArrayData) and data.held)
-        """It is decided."""
+        self.decided = not (isinstance(data, ArrayData) and data.held)
         self._spent: list[float] = []
 
     def count(self, step: int, total: int | None, spent: float) -> None:
@@ -66,7 +66,7 @@ class Groups:
         Args:
           spent: seconds in all steps so far.
         """
-        if self._over or self._built is not None or total is None:
+        if self.decided or self._built is not None or total is None:
             return
         self._spent.append(spent)
         if self._asked > 1:
@@ -77,7 +77,7 @@ class Groups:
             worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
             size = self._fitting(int(LONG / seconds))
             if seconds > SHORT or not worth or size < 2:
-                self._over = True
+                self.decided = True
             else:
                 self._begin(size)
 
@@ -97,7 +97,7 @@ class Groups:
         self._asked = size
         with suppress(Exception):  # as many steps one by one are no program that fails
             self._built = self._build(self._data.like(size))
-        self._over = self._built is None
+        self.decided = self._built is None
 
     def begins_at(self, step: int, until: int | None) -> bool:
         """Whether a group of `size` may begin at that step.
@@ -116,12 +116,12 @@ class Groups:
 
     def to_try(self, step: int, until: int | None) -> bool:
         """Whether the program is there, and this is the place to try it."""
-        if self._over or self._built is None or not self.begins_at(step, until):
+        if self.decided or self._built is None or not self.begins_at(step, until):
             return False
         try:
             self._program = self._program or self._built()
         except Exception:  # XLA could not compile it
-            self._over = True
+            self.decided = True
         return self._program is not None
 
     def attempt(
@@ -130,7 +130,7 @@ class Groups:
         """Does the steps of one group both ways, and decides. Returns the steps as they were done one by one."""
         group, whole = self._program, None
         assert group is not None
-        self._over = True
+        self.decided = True
         together, batches = self._data.take(step, self._asked), [self._data.take(step + n) for n in range(self._asked)]
         assert together is not None
         times: dict[bool, list[float]] = {True: [], False: []}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base.curve import Curve, Evaluation
+from ..base.digest import bytes_of
 from ..base.processes import OFTEN
 from ..base.threads import Future, Interrupts, OneByOne, Unfinished, smallest
 from ..base.types import HostArray, Leaf
@@ -28,7 +29,13 @@ from .group import Groups, StepProgram
 from .step import StepResult, TrainState
 
 AHEAD = 2
-"""How many steps the device is given ahead of what is known to be finished."""
+"""How many steps the device is given ahead of what is known to be finished, at least."""
+MOST = 32
+"""How many it is given at most: of short steps many are counted together, which takes half the time of one by one."""
+SECONDS = 0.15
+"""How long those take that it is given ahead of the others: an interrupt waits for them."""
+MEMORY = 1 << 26
+"""Bytes that they may hold: each has a state and a batch of its own."""
 PATIENCE = 0.4
 """Seconds that an interrupt waits for the steps which the device still does; after that they are given up."""
 
@@ -44,10 +51,11 @@ class NotFinite(Exception):
 
 
 class Dispatched(NamedTuple):
-    """A step, or a group of steps, that the device was given, and its batch."""
+    """A step, or a group of steps, that the device was given, its batch, and the number of the step after it."""
 
     result: StepResult
     batch: Batch
+    following: int
 
 
 class Numbers:
@@ -233,6 +241,8 @@ class TrainingLoop:
         """A step that blocks while it is dispatched, and its batch."""
         self.position = data.position
         """After the last finished step, in an iterable."""
+        self._bytes = 1
+        """Those of the state and the batch of one step, once the first is there."""
         self._singly_until = 0
         """The step up to which none are done in groups, since one of them is not finite."""
         self.failed: tuple[Batch, Leaf] | None = None
@@ -269,7 +279,7 @@ class TrainingLoop:
 
         Args:
           look: evaluates the present state; called with no step under way.
-          on_step: called after each finished step.
+          on_step: called after finished steps: each long one, and several short ones.
 
         Raises:
           NotFinite: of a step, which is not taken.
@@ -305,20 +315,18 @@ class TrainingLoop:
                 self._looking += self.seconds - begin
                 self.evals.append(evaluation)
                 on_step()
-            following = self.step + sum(one.batch.steps for one in pending)
+            following = pending[-1].following if pending else self.step
             ends = schedule.ends_at(following)
             if ends and not pending:
                 return
-            tries = not ends and self._groups.to_try(following, schedule.next_look(following))
+            undecided = not self._groups.decided
+            tries = undecided and not ends and self._groups.to_try(following, schedule.next_look(following))
             if tries and not pending:
                 singles = self._groups.attempt(self.state, following, self._program_of)
-                pending += (Dispatched(*one) for one in singles)
+                pending += (Dispatched(*one, following + n) for n, one in enumerate(singles, 1))
                 continue
-            waits = (
-                len(pending) >= (AHEAD if self._is_brief else 1)
-                or tries
-                or bool(pending and schedule.looks_after(following))
-            )
+            most = self._most_ahead
+            waits = len(pending) >= most or tries or bool(pending and schedule.looks_after(following))
             if not ends and not waits:
                 batch = self._take(interrupts, following)
                 if batch is not None:
@@ -326,23 +334,27 @@ class TrainingLoop:
                         program = self._program_of(batch)
                         if self._together is not None and following > self._first:
                             self._together.agree(following, batch)
-                    self._dispatch(
-                        partial(program, pending[-1].result.state if pending else self.state, following), batch
-                    )
+                    state = pending[-1].result.state if pending else self.state
+                    self._begun = following + batch.steps
+                    self._dispatch(partial(program, state, following, batch), batch)
                 continue
-            self._wait(interrupts)
-            self._settle()
-            with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
-                self._groups.count(self.step, schedule.total, self._in_steps)
+            # The device does one half of them while the other is counted.
+            count = min(len(pending), max(1, most // 2))
+            self._wait(interrupts, pending[count - 1])
+            for _ in range(count):
+                if pending:  # none are left after a group that is not finite
+                    self._settle()
+            if undecided:
+                with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
+                    self._groups.count(self.step, schedule.total, self._in_steps)
             on_step()
 
-    def _dispatch(self, program: Callable[[Batch], StepResult], batch: Batch) -> None:
-        """Gives the device a step."""
-        self._begun += batch.steps
+    def _dispatch(self, step: Callable[[], StepResult], batch: Batch) -> None:
+        """Gives the device a step, the newest that is begun."""
         if self._together is None:
-            self._pending.append(Dispatched(program(batch), batch))
+            self._pending.append(Dispatched(step(), batch, self._begun))
             return
-        self._last = partial(program, batch)
+        self._last = step
         self._blocked = self._together.beside.submit(self._last), batch
         self._wait_together(self._blocked[0].done)
         self._unblock(None)
@@ -351,12 +363,12 @@ class TrainingLoop:
         """Waits for the step that is being dispatched, so many seconds at most."""
         if self._blocked is not None:
             (future, batch), self._blocked = self._blocked, None
-            self._pending.append(Dispatched(future.result(limit), batch))
+            self._pending.append(Dispatched(future.result(limit), batch, self._begun))
 
     def _wait_together(self, is_done: Callable[[], bool], interrupts: Interrupts | None = None) -> None:
         """Waits for a step of several processes, as long as none of them has stopped."""
         assert self._together is not None
-        sleep, looked = SLEEP_OF_BRIEF if self._is_brief else SLEEP, time.perf_counter()
+        sleep, looked = SLEEP_OF_BRIEF if self._most_ahead > 1 else SLEEP, time.perf_counter()
         while not is_done():
             if interrupts is not None:
                 interrupts.check()
@@ -377,12 +389,15 @@ class TrainingLoop:
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
-        groups, until = self._groups, self._schedule.next_look(following)
-        in_group = groups.size > 1 and following >= self._singly_until and groups.begins_at(following, until)
-        steps = groups.size if in_group else 1
+        steps = self._groups.size
+        if steps > 1:
+            fits = self._groups.begins_at(following, self._schedule.next_look(following))
+            steps = steps if fits and following >= self._singly_until else 1
         # The first shuffle of a size is compiled.
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
+        if following == self._first and batch is not None:
+            self._bytes = sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, batch.tree))))
         if batch is None:
             assert self._data.position is not None  # arrays have no end
             self._schedule.end_epoch(following, self._data.position.epoch)
@@ -391,27 +406,35 @@ class TrainingLoop:
         return batch
 
     @property
-    def _is_brief(self) -> bool:
-        """Whether a step is so short that the device should have the next one before it has finished this one.
+    def _most_ahead(self) -> int:
+        """How many programs the device is given ahead.
 
-        After a long one a pause is nothing, and each step ahead takes the memory of a state.
+        While it does a step it should have the next one. After a long one a pause is nothing, and each takes memory.
         """
-        return self.step > self._first and self._in_steps / (self.step - self._first) < BRIEF
+        if self.step == self._first:
+            return 1
+        seconds = self._in_steps / (self.step - self._first)
+        if seconds > BRIEF:
+            return 1
+        # Each step is measured, or may have to be taken back since another process has not begun it.
+        if not self._groups.decided or self._together is not None:
+            return AHEAD
+        return max(AHEAD, min(MOST, int(SECONDS / (seconds * self._groups.size)), MEMORY // self._bytes))
 
     @property
     def _in_steps(self) -> float:
         """Seconds in the steps of this part of the training, without looks."""
         return self.seconds - self._before - self._looking
 
-    def _wait(self, interrupts: Interrupts) -> None:
-        """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
-        alive = self._pending[0].result.alive
+    def _wait(self, interrupts: Interrupts, last: Dispatched) -> None:
+        """Waits for a step and all before it; of an interrupt at most `PATIENCE` seconds more."""
+        alive = last.result.alive
         if self._together is not None:
             # All end with the same step, whatever is under way.
             self._wait_together(alive.is_ready, interrupts)
             return
-        if self._is_brief:
-            alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
+        if self._most_ahead > 1:
+            alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a few short steps
             return
         while not alive.is_ready():
             if interrupts.signal is not None and time.perf_counter() > self._until():
@@ -425,7 +448,7 @@ class TrainingLoop:
 
     def _settle(self) -> None:
         """Counts the oldest step or group, which the device has finished."""
-        result, batch = self._pending[0]
+        result, batch, _ = self._pending[0]
         if not np.asarray(result.alive).all():  # raises the error of a program that failed
             self._pending.clear()
             if batch.steps == 1:
@@ -453,7 +476,7 @@ class TrainingLoop:
                 if self._last is not None:
                     together.beside.submit(self._last).result(limit)
             self._unblock(limit)
-        while self._pending and self.step + len(self._pending) > fewest:
+        while self._pending and self._pending[-1].following > fewest:
             self._unfinished.wait = smallest(self._pending.pop().result.loss)
         together.beside.close()
 

@@ -49,7 +49,7 @@ STILL = 50
 """After so many steps of the same loss something is wrong."""
 EXPLODED = 1e3
 """A loss of so many times the first one was on its way to infinity."""
-OFTEN = 0.05
+OFTEN = 0.1
 """Seconds between two commits of finished steps, at least."""
 SHOWN = 0.5
 """Seconds between two calls of `on_progress`, at least."""

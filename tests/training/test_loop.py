@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flax_magics.base.curve import Curve
-from flax_magics.training.loop import Numbers, Schedule
+from flax_magics.base.threads import Interrupts, Unfinished
+from flax_magics.training import loop
+from flax_magics.training.data import ArrayData, Batch
+from flax_magics.training.group import Groups
+from flax_magics.training.loop import NotFinite, Numbers, Schedule, TrainingLoop, started
+from flax_magics.training.step import StepResult, TrainState
 
 
 @pytest.mark.parametrize(
@@ -52,3 +60,62 @@ def test_numbers_grow_and_what_was_read_stays():
     numbers.add(np.float32(1.0), {"accuracy": np.float32(0.75)}, 1)  # of a loss that has one metric fewer
     assert np.isnan(numbers.metrics["late"][-1])
     assert {len(array) for array in numbers.metrics.values()} == {numbers.count} == {102}
+
+
+def going(steps: int, not_finite: int | None = None) -> tuple[TrainingLoop, list[int], list[int]]:
+    """A loop over steps that are done at once and hold a kilobyte each.
+
+    Returns it with how many steps it was ahead at each, and how many were finished whenever it said that some were; both
+    are filled as it runs. `not_finite`: the number of the step that is not.
+    """
+    ahead: list[int] = []
+    finished: list[int] = []
+
+    def program(state: TrainState, number: int, batch: Batch) -> StepResult:
+        ahead.append(number + 1 - training.step)
+        alive = state.alive & (number != not_finite)
+        return StepResult(state._replace(alive=alive), jnp.float32(number), {}, alive)
+
+    data = ArrayData("data", {"x": np.zeros((1, 1), np.float32)}, None)
+    data.held = False  # so that nothing is tried in groups
+    training = TrainingLoop(
+        lambda batch: program,
+        started({"params": np.zeros(256, np.float32)}, ()),
+        data,
+        Schedule(None, steps, None, looks=False),
+        curve=Curve(),
+        groups=Groups(data, lambda batch: None, lambda: 0.0, 1),
+        unfinished=Unfinished(),
+    )
+    return training, ahead, finished
+
+
+def look(*_: Any) -> Any:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({"SECONDS": 1e9}, 32), ({"SECONDS": 1e9, "MEMORY": 5 * 1029}, 5), ({"SECONDS": 0.0}, 2), ({"BRIEF": 0.0}, 1)],
+)
+def test_short_steps_are_counted_in_blocks_for_which_there_is_time_and_memory(monkeypatch, limits, most):
+    monkeypatch.setattr(loop, "BRIEF", 1e9)
+    for name, value in limits.items():
+        monkeypatch.setattr(loop, name, value)
+    training, ahead, finished = going(100)
+    training.run(Interrupts(), look, lambda: finished.append(training.step))
+    assert (max(ahead), training.numbers.losses.tolist()) == (most, [*range(100)])
+    # One half of them at a time, until there are none to give ahead of the others.
+    assert max(np.diff(finished)) == max(1, most // 2)
+    assert finished[-1] == 100
+
+
+def test_of_a_block_with_a_step_that_is_not_finite_those_before_it_count(monkeypatch):
+    monkeypatch.setattr(loop, "BRIEF", 1e9)
+    monkeypatch.setattr(loop, "SECONDS", 1e9)
+    training, ahead, finished = going(100, not_finite=40)
+    with pytest.raises(NotFinite):
+        training.run(Interrupts(), look, lambda: finished.append(training.step))
+    assert (training.step, training.numbers.losses.tolist()) == (40, [*range(40)])
+    assert training.failed is not None
+    assert (bool(training.state.alive), float(training.failed[1]), max(ahead)) == (True, 40, 32)
