@@ -72,6 +72,7 @@ def terminal(home) -> Iterator[Terminal]:
     terminal.child.close()
 
 
+@pytest.mark.smoke
 def test_a_report_is_text_in_80_columns(terminal):
     text = terminal.run("y = %flax_apply net(x)")
     lines = text.splitlines()
@@ -108,6 +109,26 @@ def test_a_message_breaks_between_words(terminal):
     lines = terminal.run("%flax_apply --tran net(x)").splitlines()
     terminal.child.setwinsize(40, 80)
     assert lines[:2] == ["FlaxMagicsError: %flax_apply has no option --tran: did you", "  mean --train?"]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%flax_apply -o run net(x);",
+        "%flax_summary net(x);",
+        "%flax_history",
+        "%flax_replay last;",
+        "%flax",
+        "print(run)",
+    ],
+)
+def test_a_narrow_terminal_has_forty_columns(terminal, line):
+    terminal.child.setwinsize(40, 40)
+    lines = terminal.run(line).splitlines()
+    terminal.child.setwinsize(40, 80)
+    assert len(lines) > 0
+    assert [wide for wide in lines if len(wide) > 40] == []
 
 
 def test_a_call_with_an_open_bracket_goes_on_and_runs_when_it_is_closed(terminal):
