@@ -428,6 +428,7 @@ KINDS = (
         "outdated",
         "file",
         "rebound",
+        "name",
         "switch",
         "freeze",
         "gradient",
@@ -457,11 +458,12 @@ nan params: params hold NaN after init.
 scalar: a Python number stands where an array was.
 programs: new programs keep being compiled for other shapes, dtypes or values of an argument.
 masks: with the keys of an earlier draw, a layer drew other numbers than in that draw's run.
-replaced: an init replaced weights that were set, loaded, trained or updated.
+replaced: an init or an edit replaced weights that were set, loaded, trained or updated.
 weights: a name that held the model's weights holds others now, and the run used the model's.
 outdated: variables are from before an edit.
 file: a name stands for another module than was registered, and variables from a file wait for it.
 rebound: the name stands for another module than was registered.
+name: the name of a model was deleted, or holds something that is no module, and the model that is registered under it ran.
 switch: a loss leaves a switch of its net's call at its default.
 freeze: a pattern of --freeze matches no parameter.
 gradient: a layer has no gradient, and why.
