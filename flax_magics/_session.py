@@ -124,11 +124,11 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         """
         if modules:
             stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
-        building, before = Building(self.services), self._state
+        building, before = Building(self.services, self.replay_bytes), self._state
         if before.waiting:  # variables from a file wait for their models
             from .snapshot.restore import RestoringBuilding
 
-            building = RestoringBuilding(self.services)
+            building = RestoringBuilding(self.services, self.replay_bytes)
         state, changes, builds = building.register_all(before, modules, anew, cell)
         with self._in_place_of(before):
             for change in changes:
@@ -139,6 +139,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             self._keeping.noted += builds
         self._keeping.look(sum(build.size for build in builds))
         for change in changes:
+            self._count_replaced(before, state.models[change.name])
             if change.state != "unchanged":
                 self._plans.forget(change.name)
         if state.runs is not before.runs and self.autosaving is not None:  # something was built
@@ -163,6 +164,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             if write is not None:
                 write()
             self._state = before.with_variables(after)
+        self._count_replaced(before, after)
         if notes:
             self._plans.forget(name)
         if self.autosaving is not None:
@@ -171,7 +173,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
 
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
-        entry, notes = entry_now(self._state.models, name, module)
+        entry, notes = entry_now(self._state.models, name, module, self.replay_bytes)
         if name not in self._state.waiting or not (notes or name not in self._state.models):
             return entry, notes
         from .snapshot import restore
@@ -356,7 +358,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         earlier, self.autosaving = self.autosaving, autosaving
         if earlier is not None:
             earlier.flush()
-        return None if autosaving is None else autosaving.last
+        return None if self.autosaving is None else self.autosaving.last
 
     # -- how: one Run each, committed at the end
 
@@ -399,8 +401,6 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         with Translation(entry, call):
             outcome = _init(entry, before, call, self.services, keys_of=keys_of, limit=self.replay_bytes, said=notes)
         self._commit(before, outcome)
-        assert outcome.entry is not None
-        self._keeping.replace(entry.replaced, outcome.entry.replaced)
         return outcome.run
 
     @until_committed
@@ -479,6 +479,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             at_once(assignments)
         if committed is not None:
             committed()
+        self._count_replaced(before, entry)
         self._keeping.look(stored.size)
         if self.autosaving is not None:
             self.autosaving.after(stored.facts, state)

@@ -111,8 +111,8 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize(
     ("model", "eager", "told"),
     [
-        (Dropped(), False, ("dropout → nobody",)),
-        (Dropped(), True, ("dropout → nobody",)),
+        (Dropped(), False, ("dropout → nobody, layers off",)),
+        (Dropped(), True, ("dropout → nobody, layers off",)),
         (Dropped(rate=0.0), False, ()),
         (Dropped(collection="noise"), False, ()),
         (nn.Dense(2), False, ()),

@@ -10,10 +10,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..base.text import clean
 from ..base.types import Record
+
+if TYPE_CHECKING:
+    from ..run import Note
 
 FRESH = "fresh"
 
@@ -276,6 +279,7 @@ class Registered(Record):
       file: the file whose saved variables waited for this model.
       unfit: the leaves of these that do not fit, which is why none was used.
       other: differences from the model for which they were saved.
+      notes: what an edit has dropped that an init would not make again.
     """
 
     name: str
@@ -288,6 +292,7 @@ class Registered(Record):
     file: str = ""
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def headline(self) -> str:

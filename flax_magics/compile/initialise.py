@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from ..base.threads import Future, wait_for
 from ..base.types import Leaf, PyTree
 from ..models.base import ModelWithInit, Updates, Variables
 from ..models.calls import Args, Function, Kwargs, Path
+from ..models.switch import WHEN_TRAINING, value_of
 from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
 from .compiler import Units, shape_of
@@ -343,6 +345,28 @@ def initialised(model: ModelWithInit, key: Key, method: Path | Function, args: A
     with contextlib.suppress(jax.errors.JAXTypeError):  # the init looks at values
         traced = trace_init(model, key, method, args, kwargs)
     return record(traced, key, method, args, kwargs)
+
+
+def initialised_in_eval(
+    model: ModelWithInit, key: Key, method: Path | Function, args: Args, kwargs: Kwargs
+) -> InitRecord:
+    """`initialised` by a call that the method does not take: with its switches, which mean evaluation where not given."""
+    from flax import linen
+
+    with linen.intercept_methods(_with_switches):
+        return initialised(model, key, method, args, kwargs)
+
+
+def _with_switches(run: Function, args: Args, kwargs: Kwargs, context: Any) -> object:
+    scope = context.module.scope
+    if scope is None or scope.path:  # a submodule, whose call is the model's own
+        return run(*args, **kwargs)
+    parameters = inspect.signature(context.orig_method).parameters
+    given = {name: value for name, value in kwargs.items() if name in parameters or name not in WHEN_TRAINING}
+    for name, parameter in [*parameters.items()][len(args) :]:
+        if name in WHEN_TRAINING and parameter.default is parameter.empty:
+            given.setdefault(name, value_of(name, train=False))
+    return run(*args, **given)
 
 
 def record(traced: TracedInit | None, key: Key, method: Path | Function, args: Args, kwargs: Kwargs) -> InitRecord:

@@ -446,8 +446,9 @@ def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:
     if named > len(devices) or (-1 in axes.values() and len(devices) % named):
         fits = {**dict.fromkeys(axes, 1), next(iter(axes)): -1}
         write = f"%flax_mesh {as_text(fits)}"
+        verb = "is" if len(devices) == 1 else "are"
         many = f"{named} devices" if named > len(devices) else f"a number of devices that {named} divides"
-        raise FlaxMagicsError(f"{as_text(axes)} takes {many}, and there are {have}.", write=write)
+        raise FlaxMagicsError(f"{as_text(axes)} takes {many}, and there {verb} {have}.", write=write)
     sizes = tuple(len(devices) // named if size == -1 else size for size in axes.values())
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     # By position: the name of the first argument is another since jax 0.11.1.

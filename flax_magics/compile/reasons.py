@@ -378,7 +378,7 @@ def _advice(
     What to write is advice for a note, or a function from the argument's text to its replacement.
     """
     if kind == "shape":
-        return _of_shapes(name, {shape for cause in causes for shape in cause.shapes})
+        return _of_shapes(name, {shape for cause in causes for shape in cause.shapes}, leaf.shape)
     if kind == "static":
         if type(leaf) is not int:  # a bool or string chooses between programs on purpose
             return None
@@ -398,27 +398,32 @@ def _advice(
     return text, lambda argument: f"jnp.asarray({argument}, '{dtype}')"
 
 
-def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, Callable[[str], str]] | None:
-    """The advice for an argument whose shape varies: reshape, or pad to the largest size of each axis."""
+def _of_shapes(
+    name: str, shapes: set[tuple[int, ...]], now: tuple[int, ...]
+) -> tuple[str, Callable[[str], str]] | None:
+    """The advice for an argument whose shape varies: reshape, or pad to the largest size of each axis.
+
+    Where `now`, this run's shape, is the largest so far, only the user knows what is still to come.
+    """
     ranks = {len(shape) for shape in shapes}
     if len(ranks) > 1 or ranks == {0}:
         text = f"the number of axes of `{name}` varies, and each is a program of its own"
         return text, lambda argument: f"jnp.reshape({argument}, …)"
     longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     varies = [len(set(sizes)) > 1 for sizes in zip(*shapes, strict=True)]
+    largest = list(now) == longest
 
     def padded(argument: str) -> str:
+        sizes = [f"{argument}.shape[{axis}]" if axis else f"len({argument})" for axis in range(len(longest))]
         pads = ", ".join(
-            f"(0, {size} - {f'{argument}.shape[{axis}]' if axis else f'len({argument})'})" if varied else "(0, 0)"
-            for axis, (size, varied) in enumerate(zip(longest, varies, strict=True))
+            f"(0, {'…' if largest else most} - {size})" if varied else "(0, 0)"
+            for most, size, varied in zip(longest, sizes, varies, strict=True)
         )
         return f"jnp.pad({argument}, [{pads}])"
 
     if varies[0] and not any(varies[1:]):
         sizes = ", ".join(map(str, sorted({shape[0] for shape in shapes})))
-        text = (
-            f"the batch size of `{name}` varies ({sizes}), and each size is a program of its own: leave out the last"
-            " batch, which is smaller, or pad it"
-        )
-        return text, padded
+        text = f"the batch size of `{name}` varies ({sizes}), and each size is a program of its own: "
+        smaller = "leave out the last batch, which is smaller, or pad it"
+        return text + ("pad to the largest that is to come" if largest else smaller), padded
     return f"the shape of `{name}` varies, and each shape is a program of its own: what is padding takes a mask", padded

@@ -115,7 +115,10 @@ def _parts(freed: Freed) -> tuple[str, ...]:
 def _rows(freed: Freed) -> list[tuple[str, str]]:
     """(bytes, who holds them) of each holding."""
     shown = freed.holdings if len(freed.holdings) <= SHOWN + 1 else freed.holdings[:SHOWN]
-    rows = [(bytes_(holding.bytes), _who(holding)) for holding in shown]
+    sizes: dict[str, int] = {}
+    for holding in shown:
+        sizes[_who(holding)] = sizes.get(_who(holding), 0) + holding.bytes
+    rows = [(bytes_(size), who) for who, size in sizes.items()]
     rest = freed.holdings[len(shown) :]
     if rest:
         rows.append((bytes_(sum(holding.bytes for holding in rest)), f"{count(len(rest))} others, smaller"))
@@ -123,7 +126,9 @@ def _rows(freed: Freed) -> list[tuple[str, str]]:
 
 
 def _who(holding: Holding) -> str:
-    first, more = holding.holders[:4], len(holding.holders) - 4
+    # An NNX module is held by its name and as a model, which is one thing to the reader.
+    holders = [holder for holder in holding.holders if f"the model {holder}" not in holding.holders]
+    first, more = holders[:4], len(holders) - 4
     return clean(", ".join(first) + f" and {more} more" * (more > 0)) or f"{plural(holding.arrays, 'array')} {NOBODY}"
 
 

@@ -39,10 +39,11 @@ class Building:
 
     Args:
       services: the session's programs, clock and progress callback.
+      limit: the most bytes to keep of variables that an edit drops.
     """
 
-    def __init__(self, services: Services) -> None:
-        self.services = services
+    def __init__(self, services: Services, limit: int) -> None:
+        self.services, self.limit = services, limit
 
     def register_all(
         self, state: State, modules: Mapping[str, object], anew: Container[str] = (), cell: int | None = None
@@ -71,30 +72,35 @@ class Building:
         # The name had been deleted, so a module that the user's code built is a new one, not an edit.
         if old is not None and anew and old.built_by_user:
             old = None
-        entry, change = models.register(old, name, module)
+        entry, change = models.register(old, name, module, self.limit)
         return replace(state, models=with_entry(state.models, entry)), change, None
 
     def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
         """`register` for a Construction: keeps the module that an equal one built, else builds in the next draw."""
         old = state.models.get(name)
         changes: tuple[str, ...] = ()
+        notes: tuple[Note, ...] = ()
+        replaced = None if old is None else old.replaced
         if old is not None and old.built is not None and not old.rebuild_next:
             fingerprint = recipe.fingerprint()
             if fingerprint is not None and fingerprint == old.built.fingerprint:
                 return state, models.unchanged(old), None
             # After an edit, build with the old keys: no draw is made if that gives the same, or the old variables fit.
-            entry, change = built_with(old, name, recipe, old.built.keys)
+            entry, change = built_with(old, name, recipe, old.built.keys, self.limit)
             if change.state == "unchanged":
                 # The next comparison then ends at the fingerprints.
                 entry = replace(entry, built=BuiltBySession.of(recipe, old.built.keys))
             if change.variables == "kept":
                 return replace(state, models={**state.models, name: entry}), change, None
-            changes = change.changes
+            changes, notes, replaced = change.changes, change.notes, entry.replaced
         draw = state.root.draw()
         model, run = _build_in(state, draw, name, recipe, self.services)
         run = replace(run, cell=cell)
         entry = _built(NnxEntry(name, model, model.fingerprint()), model, recipe, run.keys, draw)
-        change = Registration(name, "new") if old is None else Registration(name, "changed", changes, "own")
+        entry = replace(entry, replaced=replaced)
+        change = (
+            Registration(name, "new") if old is None else Registration(name, "changed", changes, "own", notes=notes)
+        )
         stored = _stored(name, recipe, run)
         return state.after(stored, draw, entry, (name, draw)), change, stored
 
@@ -192,12 +198,12 @@ def _stored(name: str, recipe: Construction, run: Run) -> StoredRun:
 
 
 def built_with(
-    old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, jax.Array]
+    old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, jax.Array], limit: int = 0
 ) -> tuple[ModelEntry, Registration]:
-    """Builds the module of `recipe` with keys of an earlier draw, and compares it with the entry `old`."""
+    """Builds the module of `recipe` with keys of an earlier draw, and compares it with `old`; `limit` as in `Building`."""
     model = adopt_built(recipe.build(keys), recipe.text)
     entry = NnxEntry(name, model, None, built=BuiltBySession.of(recipe, keys))
-    return models.compare(old, entry.registered())
+    return models.compare(old, entry.registered(), limit)
 
 
 def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:

@@ -35,6 +35,7 @@ from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
 from .cells import CellRun, CellSource, begin, end, match, read_cell
+from .commands import SESSION_VARIABLES
 from .context import RunGroups, ScriptContext, ScriptModel
 from .edit import binds, mentioned, reads
 from .script import RootKeyTracker, Script, assigned_by, sets_variables
@@ -98,7 +99,10 @@ def export_session(
     executed = (each.statement for cell_run in cell_runs for each in cell_run.statements)
     bindings = Counter(name for statement in executed for name in binds(statement))
     rebound = frozenset(name for name, times in bindings.items() if times > 1)
-    context = ScriptContext(writer, RunGroups(runs, cell_runs, restarts), script_models, rebound=rebound)
+    given = " ".join(site.line for source in sources for site in source.sites.values() if site.name == "flax_vars")
+    asked_back = frozenset(name for _, name, which in SESSION_VARIABLES.findall(given) if which == "previous")
+    groups = RunGroups(runs, cell_runs, restarts)
+    context = ScriptContext(writer, groups, script_models, rebound=rebound, asked_back=asked_back)
     script = Script(context, RootKeyTracker(context, seed))
     for cell_run in cell_runs:
         script.cell(cell_run)

@@ -19,8 +19,8 @@ from .functions import CannotSay
 from .mesh import mesh_lines
 from .writer import draws, label_of
 
-SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.variables")
-"""The expression for a model's variables that messages advise."""
+SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.(variables|previous)\b")
+"""The expressions that messages advise: for a model's variables, and for those that an init or an edit replaced."""
 
 
 def _nothing(command: CommandLines) -> list[str]:
@@ -62,19 +62,41 @@ def _run(command: CommandLines) -> list[str]:
     if any(run.spelling is not None and run.spelling.nnx is not model.holds for run in command.runs):
         raise CannotSay(f"`{name}` was a model of Flax's other API then")
     goes_on = site.name == "flax_train" and command.options["resume"]
+    aside: list[str] = []
     if site.name == "flax_init" or (command.initialising and not goes_on):
+        aside = set_aside(context, name, [any(note.kind == "replaced" for note in run.notes) for run in command.runs])
         # New variables: what made the old ones impossible to write no longer matters.
         context.lost.pop(name, None)
         context.laid_out.discard(command.model.name)
     if name in context.lost and command.options.get("variables") is None:
         raise CannotSay(context.lost[name])
     if site.name == "flax_init":
-        return runs.init_nnx(command) if model.holds else runs.init_linen(command)
+        return [*aside, *(runs.init_nnx(command) if model.holds else runs.init_linen(command))]
     if site.name == "flax_train":
-        return _train(command)
+        return [*aside, *_train(command)]
     if site.name == "flax_grad":
-        return losses.grad_nnx(command) if model.holds else losses.grad_linen(command)
-    return runs.apply_nnx(command) if model.holds else runs.apply_linen(command)
+        return [*aside, *(losses.grad_nnx(command) if model.holds else losses.grad_linen(command))]
+    return [*aside, *(runs.apply_nnx(command) if model.holds else runs.apply_linen(command))]
+
+
+def set_aside(context: ScriptContext, name: str, replaced: list[bool]) -> list[str]:
+    """The line that keeps a model's variables before others take their place; none where no line asks for them.
+
+    Args:
+      replaced: for each run of a command whether it replaced variables that an init would not make again.
+    """
+    if name not in context.asked_back or name not in context.models or not any(replaced):
+        return []
+    model, reason = context.models[name], context.lost.get(name, "")
+    context.aside[name] = reason or ("" if all(replaced) else "only some runs of a line replaced the variables")
+    if context.aside[name]:
+        return []
+    kept = context.writer.variable(f"previous_{model.name if model.holds else model.variables}")
+    context.assigned.add(kept)
+    if not model.holds:
+        return [f"{kept} = {model.variables}"]
+    context.writer.needs |= {"jax", "nnx"}
+    return [f"{kept} = jax.tree.map(lambda leaf: leaf, nnx.state({model.name}))"]
 
 
 def _of_training(command: CommandLines) -> CommandLines:
@@ -156,7 +178,8 @@ def _variables(command: CommandLines) -> list[str]:
     if not equals:
         variables = _variables_of(context, name)
         return [f"{site.target} {variables}"] if site.target else []
-    value = SESSION_VARIABLES.sub(lambda match: _variables_of(context, match[2]), value)
+    of = {"variables": _variables_of, "previous": _previous_of}
+    value = SESSION_VARIABLES.sub(lambda match: of[match[3]](context, match[2]), value)
     context.lost.pop(name, None)
     context.laid_out.discard(model.name)
     if model.holds:
@@ -175,6 +198,19 @@ def _variables_of(context: ScriptContext, name: str) -> str:
         raise CannotSay(context.lost[name])
     model = context.model(name)
     return f"nnx.state({model.name})" if model.holds else model.variables
+
+
+def _previous_of(context: ScriptContext, name: str) -> str:
+    """The variables of a model that were replaced last, as an expression.
+
+    Raises:
+      CannotSay: the script has not kept them.
+    """
+    reason = context.aside.get(name, "no line of the script has replaced the variables that it takes")
+    if reason:
+        raise CannotSay(reason)
+    model = context.model(name)
+    return context.writer.variable(f"previous_{model.name if model.holds else model.variables}")
 
 
 def _load(command: CommandLines) -> list[str]:

@@ -173,6 +173,8 @@ class ScriptContext:
       names: those without a value in the script.
       unexported: what could not be exported, each with its reason.
       lost: model → the reason why the script does not have its variables.
+      asked_back: models whose replaced variables a line takes, by `models['net'].previous`.
+      aside: model → why the script has not kept those that were replaced last; empty where it has.
       assigned: names that the lines of the present command assign; inside a function they are declared global.
       states: model → what became of it in the present cell: `new`, `unchanged`, `changed`.
       restored: models that get the variables of a file in the present cell; `waiting` has their lines.
@@ -192,6 +194,8 @@ class ScriptContext:
     names: SessionNames = field(default_factory=SessionNames)
     unexported: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
+    asked_back: Set[str] = frozenset()
+    aside: dict[str, str] = field(default_factory=dict)
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
     restored: Set[str] = frozenset()

@@ -14,7 +14,7 @@ import jax
 
 from ..cells.journal import Load, Registered
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, FunctionNode, begin, blocks, end
-from .commands import LINES, SESSION_VARIABLES
+from .commands import LINES, SESSION_VARIABLES, set_aside
 from .context import CommandLines, ScriptContext, initialises
 from .edit import Edit, binds, imported, lines_of_statement, reads
 from .functions import CannotSay, Function, JittedFunction
@@ -159,6 +159,8 @@ class Script:
             self._write([f"# {line}".rstrip() for line in source.above])
         self.context.names.lose(source.captured, "a magic captures it")
         keep, restore = self._kept_modules(cell.registered)
+        for row in cell.registered:
+            keep += set_aside(self.context, row.name, [any(note.kind == "replaced" for note in row.notes)])
         self._write(keep, ours=True)
         text = source.text.split("\n")
         last = 0

@@ -177,10 +177,7 @@ class Replaying(Struct, frozen=True):
                 form=None if facts.kind.loss else _same_keys(facts),
             )
         if facts.kind.trains and origin is None and not stored.size:
-            raise FlaxMagicsError(
-                f"{what} cannot be run again: what it began with was never kept. That may be an iterator, a session in a"
-                f" file, a training that went on with other data, weights or code, or more than {bytes_(self.limit)}."
-            )
+            raise FlaxMagicsError(f"{what} cannot be run again: {self._why_not_kept(facts)}.")
         if origin is None or stored.inputs is None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: its inputs and variables were let go of: by %flax_free --replays, or the"
@@ -191,6 +188,15 @@ class Replaying(Struct, frozen=True):
             raise FlaxMagicsError(
                 f"{what} cannot be run again: an array that it used was deleted or donated since, and its values are gone."
             )
+
+    def _why_not_kept(self, facts: Run) -> str:
+        """Why nothing was kept of how a training began."""
+        changes = [note.text for note in facts.notes if note.kind == "resume"]
+        if changes:
+            return f"when it was resumed, {'; '.join(changes)}"
+        if facts.trained is not None and facts.trained.task.parts:
+            return "it was resumed, and how it had begun was not there any more: in a file, or let go of"
+        return f"it began with data that give their batches once, or with more than {bytes_(self.limit)}"
 
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """Runs it with a program that is compiled again, from the model as it was."""

@@ -57,8 +57,8 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
       call: as it was written.
       cell: the cell's number, None outside a notebook.
       started: seconds since the epoch.
-      marks: `replayed` if it was run again, `KEYS_ALONE` if it took the keys of an earlier draw, and what became of
-        the cell since.
+      marks: `replayed` if it was run again, `GONE` if it cannot be, `KEYS_ALONE` if it took the keys of an earlier draw,
+        and what became of the cell since.
     """
 
     seed: int
@@ -180,6 +180,8 @@ def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
     marks = [KEYS_ALONE] if facts.replayed else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
+    if COMMANDS[facts.command].model and (stored.origin is None or stored.inputs is None):
+        marks.append(GONE)
     if facts.elsewhere is None:  # a run of another process has a cell number of another kernel
         marks += cells.get(facts.cell or 0, ())
     same = {
@@ -218,6 +220,8 @@ def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRu
 SHOWN = 60
 """How many rows are shown, the last ones."""
 REPLAYED = "replayed"
+GONE = "no replay"
+"""Marks a run of which not all is kept that `%flax_replay` needs, which says why."""
 FOLDED = 3
 """From this many on, runs of one cell and call that follow each other are one row."""
 BY_TURNS = 12
@@ -349,8 +353,8 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     digest = f"{count(len(group))} runs" if len(group) > 1 else (first.digest or "")[:DIGITS] or "not taken"
     cell = "" if first.cell is None else f"[{first.cell}]"
     at = time.strftime("%H:%M:%S", time.localtime(first.started))
-    replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith(REPLAYED))
-    marks = tuple(mark for mark in map(clean, first.marks) if not mark.startswith(REPLAYED))
+    replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith((REPLAYED, GONE)))
+    marks = tuple(mark for mark in map(clean, first.marks) if not mark.startswith((REPLAYED, GONE)))
     weights = f"weights {clean(weights)}" if weights else ""
     return HistoryRow(draw, what, digest, cell, at, clean(inputs), tuple(keys), replays, marks, weights, first.trained)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..errors import FlaxMagicsError
+from ..errors import FlaxMagicsError, nearest
 
 FORM = "%flax_mesh data=-1"
 
@@ -20,6 +20,8 @@ def read(text: str) -> dict[str, int]:
     for part in filter(None, re.split(r"[\s,]+", text.strip())):
         name, equals, size = part.partition("=")
         if not equals or not name.isidentifier() or not re.fullmatch(r"-?[0-9]+", size):
+            if not equals and nearest(part, ["off"]):
+                raise FlaxMagicsError(f"`{part}` is no axis: did you mean off?", write="%flax_mesh off")
             message = f"`{part}` is no axis: a mesh is written by the names of its axes and their sizes."
             raise FlaxMagicsError(message, hint="-1 is for all devices that are left", write=FORM)
         if name in axes:

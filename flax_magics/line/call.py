@@ -11,7 +11,7 @@ import builtins
 import itertools
 import keyword
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 from ..base.tokens import ends_quietly, pieces, point_at, statements, variable_name
@@ -86,12 +86,13 @@ class CallExpression(Expression):
 
 
 @lru_cache(maxsize=256)
-def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
+def parse_call(text: str, command: str = "%flax_apply", taken: frozenset[str] = frozenset()) -> CallExpression:
     """Parses `net(x)` or `net.method(x)`.
 
     Args:
       text: may span lines, and may end in `;` or a comment.
       command: the command for messages, with the options that were given.
+      taken: names that advice does not bind: they hold something of the user's.
 
     Raises:
       FlaxMagicsError: the text is anything else; the message says what to write.
@@ -102,15 +103,15 @@ def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise _statement(text, source, command) or syntax_error(text, error, _name(command)) from None
+        raise _statement(text, source, command, taken) or syntax_error(text, error, _name(command)) from None
     if isinstance(tree, (ast.Name, ast.Attribute)):
         raise _refused(f"`{_short(text)}` is not a call.", f"{command} {segment(text, tree)}(…)")
     if not isinstance(tree, ast.Call):
         awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
-        line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
+        line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command, taken=taken)  # type: ignore[attr-defined]
         raise _refused(f"`{_short(text)}` is not one call.", line)
     if not isinstance(_root(tree.func), ast.Name):
-        raise _no_name(text, tree, command)
+        raise _no_name(text, tree, command, taken)
     _validate(tree, text, command)
     target, *method = ast.unparse(tree.func).split(".")
     return CallExpression(text, tree, target=target, method=tuple(method), quiet=quiet, command=command)
@@ -132,11 +133,14 @@ def parse_expression(text: str, command: str) -> Expression:
 
 
 @lru_cache(maxsize=64)
-def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net = Net(3)") -> Assignment:
+def parse_assignment(
+    text: str, command: str = "%flaxmodel", sample: str = "net = Net(3)", taken: frozenset[str] = frozenset()
+) -> Assignment:
     """Parses `net = Net(3)` or `net`.
 
     Args:
       sample: an example of the text, for the message about an empty one.
+      taken: as in `parse_call`.
 
     Raises:
       FlaxMagicsError: the text is anything else; the message says what to write.
@@ -149,7 +153,7 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
     except (SyntaxError, ValueError) as error:
         raise _bad_name(source, command) or syntax_error(text, error, _name(command)) from None
     if len(body) > 1:
-        raise _refused("one model at a time.", _registrations(text, body, command))
+        raise _refused("one model at a time.", _registrations(text, body, command, taken))
     match body[0]:
         case ast.Expr(ast.Name(name)):
             return name, None
@@ -157,7 +161,7 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
             _validate(value, text, command)
             return name, Expression(text, value)
         case statement:
-            raise _no_assignment(text, statement, command)
+            raise _no_assignment(text, statement, command, taken)
 
 
 def _bare(text: str) -> tuple[str, str, bool]:
@@ -209,28 +213,28 @@ def _validate(tree: ast.expr, text: str, command: str) -> None:
         raise syntax_error(text, error, _name(command)) from None
 
 
-def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
+def _statement(text: str, source: str, command: str, taken: frozenset[str]) -> FlaxMagicsError | None:
     """The error for text that parses as statements but is no expression; None if it does not parse."""
     body = statements(source)
     if not body:
         return None
     if len(body) > 1:
         calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
-        lines = [_run_first(text, node, command) for node in calls]
+        lines = [_run_first(text, node, command, taken) for node in calls]
         if len(calls) < len(body) or len({root for call in calls if (root := root_name(call.value))}) > 1:  # type: ignore[attr-defined]
             lines = [*lines[:1], "…"]  # whether the other statements call the model cannot be told
         return _refused("one call at a time.", "\n".join(lines))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
         message = f"{_name(command)} takes the call alone, and gives its value."
-        return _refused(message, _run_first(text, body[0], command))
+        return _refused(message, _run_first(text, body[0], command, taken))
     return _refused(f"`{_short(text)}` is a statement, not a call.", f"{command} …")
 
 
-def _run_first(text: str, statement: ast.stmt, command: str) -> str:
+def _run_first(text: str, statement: ast.stmt, command: str, taken: frozenset[str]) -> str:
     """The lines to write for a statement: its call run by the command, its value assigned as before."""
     value: ast.expr = statement.value  # type: ignore[attr-defined]
     if root_name(value) is None:
-        lines = values_first(text, statement, command)
+        lines = values_first(text, statement, command, taken=taken)
         return lines if "\n" in lines else f"{text[start_of(text, statement) : start_of(text, value)]}{lines}"
     line = f"{command} {segment(text, value)}"
     targets = statement.targets if isinstance(statement, ast.Assign) else []
@@ -240,12 +244,20 @@ def _run_first(text: str, statement: ast.stmt, command: str) -> str:
     return text[start_of(text, statement) : start_of(text, value)] + line
 
 
-def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
+def values_first(
+    text: str,
+    tree: ast.expr | ast.stmt,
+    command: str,
+    calls: list[ast.Call] | None = None,
+    *,
+    taken: Container[str] = (),
+) -> str:
     """The lines to write for code around model calls: one command for each call, then `tree` with their values.
 
     Args:
       calls: the model's calls. Left out: all calls in `tree`, provided that they call one name, are not nested and run
         exactly once. Otherwise it cannot be told which name is the model, and the result is a form.
+      taken: as in `parse_call`.
     """
     if calls is None:
         lazy = any(isinstance(node, (ast.Lambda, ast.comprehension)) for node in ast.walk(tree))
@@ -253,7 +265,9 @@ def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list
         inner = any(isinstance(node, ast.Call) for call in calls for node in list(ast.walk(call))[1:])
         if lazy or inner or len({root_name(call) for call in calls}) != 1 or root_name(calls[0]) is None:
             return f"{command} …"
-    named_calls = list(zip(fresh_names("y", tree), sorted(calls, key=lambda call: start_of(text, call)), strict=False))
+    named_calls = list(
+        zip(fresh_names("y", tree, taken), sorted(calls, key=lambda call: start_of(text, call)), strict=False)
+    )
     rest = text[: end_of(text, tree)]
     for name, call in reversed(named_calls):  # from the end, so that earlier positions stay valid
         rest = f"{rest[: start_of(text, call)]}{name}{rest[end_of(text, call) :]}"
@@ -261,11 +275,11 @@ def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list
     return "\n".join([*lines, rest[start_of(text, tree) :]])
 
 
-def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
-    """`name`, `name2`, `name3` …, without names that `tree` uses."""
+def fresh_names(name: str, tree: ast.AST, taken: Container[str] = ()) -> Iterator[str]:
+    """`name`, `name2`, `name3` …, without names that `tree` uses or that are taken."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     numbered = (name if n == 1 else f"{name}{n}" for n in itertools.count(1))
-    return (each for each in numbered if each not in used)
+    return (each for each in numbered if each not in used and each not in taken)
 
 
 def root_name(node: ast.expr) -> str | None:
@@ -285,7 +299,7 @@ def _root(node: ast.expr) -> ast.expr:
     return node
 
 
-def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
+def _no_name(text: str, call: ast.Call, command: str, taken: frozenset[str]) -> FlaxMagicsError:
     """The error for a call of anything but a name or its attribute: `Net(3)(x)`, `nets[0](x)`, `net(x).sum()`."""
     root = _root(call.func)
     while isinstance(root, ast.Call) and isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
@@ -293,19 +307,28 @@ def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
     # A capital tells `Net(3).encode(x)`, a construction, from `net(x).sum()`, a call whose value is used.
     if isinstance(root, ast.Call) and isinstance(call.func, ast.Attribute) and not _function_name(root)[:1].isupper():
         message = f"`{_short(text)}` is more than the model's call."
-        return _refused(message, values_first(text, call, command, [root]))
-    of_loss = _name(command) == "%flax_grad"  # what is called there is a function, which no command registers
-    name = next(fresh_names("loss" if of_loss else _name_for(root, root), call))
+        return _refused(message, values_first(text, call, command, [root], taken=taken))
+    # What is called there is a function, which no command registers.
+    of_loss = _name(command) in ("%flax_grad", "%flax_train")
+    name = next(fresh_names("loss" if of_loss else _name_for(root, root), call, taken))
     start, end = start_of(text, root), end_of(text, root)
+    match root:
+        case ast.Call(_, [ast.Name(loss)]) if of_loss and _function_name(root) in _TRANSFORMS:
+            message = f"{_name(command)} takes the loss itself: gradients and the compiled program are its own to make."
+            return _refused(message, f"{command} {text[:start]}{loss}{text[end:]}")
     rest = f"{text[:start]}{name}{text[end:]}"
     try:
-        parse_call(rest, command)
+        parse_call(rest, command, taken)
         run = f"{command} {rest}"
     except FlaxMagicsError as error:  # `Net(3)(x).sum()`: after naming the model there is still more than a call
         run = error.write or error.form or f"{command} …"
     first = "give it one" if of_loss else "register it"
     message = f"`{_short(text[start:end])}` has no name: {first} first."
     return _refused(message, f"{'' if of_loss else '%flaxmodel '}{name} = {text[start:end]}\n{run}")
+
+
+_TRANSFORMS = ("grad", "value_and_grad", "jit")
+"""What is written around a loss by hand: of `jax` or of `nnx`."""
 
 
 def _function_name(node: ast.expr) -> str:
@@ -350,7 +373,7 @@ def _is_expression(text: str) -> bool:
     return len(body) == 1 and isinstance(body[0], ast.Expr)
 
 
-def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+def _no_assignment(text: str, statement: ast.stmt, command: str, taken: frozenset[str]) -> FlaxMagicsError:
     """The error for a statement that is no single assignment to a name."""
     match statement:
         case ast.Assign([_, _, *_]):
@@ -367,12 +390,11 @@ def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsEr
             message = f"`{_short(text)}` has no name."
         case _:
             message = f"`{_short(text)}` is no name and no assignment."
-    return _refused(message, _registrations(text, [statement], command))
+    return _refused(message, _registrations(text, [statement], command, taken))
 
 
-def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> str:
+def _registrations(text: str, statements: Sequence[ast.stmt], command: str, taken: frozenset[str]) -> str:
     """The lines that register the models of `statements`, one each; a form where the models cannot be told."""
-    taken: set[str] = set()
     lines = []
     for target, value in (pair for statement in statements for pair in _models(statement)):
         if target is None:
@@ -382,8 +404,8 @@ def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> s
             continue
         name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
         if not name:
-            name = next(each for each in fresh_names(_name_for(target, value), value) if each not in taken)
-        taken.add(name)
+            name = next(fresh_names(_name_for(target, value), value, taken))
+        taken |= {name}
         lines.append(f"{name} = {segment(text, value)}")
     if command.startswith("%%") and len(lines) > 1:  # the cell registers what it assigns
         return "\n".join([command, "…", *(line for line in lines if "=" in line)])

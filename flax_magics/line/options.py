@@ -257,6 +257,17 @@ class _Reader:
             if option.was == flag:
                 advice = self._corrected(f"{line[:start]}{option.flag}{line[start + len(flag) :]}")
                 return FlaxMagicsError(f"{flag} is called {option.flag} now.", **advice)
+        if command.takes == "file" and bare in ("file", "out", "output", "path", "o") and "…" not in line:
+            rest = line[start + len(flag) :].lstrip(" =")
+            return FlaxMagicsError(
+                f"{command.name} takes the file's name alone.", **self._corrected(line[:start] + rest)
+            )
+        if bare in ("lr", "learning-rate", "learning_rate", "rate") and "--optimizer" in command.flags:
+            rate, _, rest = line[start + len(flag) :].lstrip(" =").partition(" ")
+            own = f"--optimizer optax.adam({rate or '…'})"
+            message = f"{command.name} has no option {flag}: the rate is the optimizer's, as in {own}."
+            given = "--optimizer" in line  # whose rate only its own expression can say
+            return FlaxMagicsError(message, **({} if given else self._corrected(f"{line[:start]}{own} {rest}")))
         known = [option.flag.lstrip("-") for option in (*command.options, HELP)]
         near = [f"--{name}" for name in known if bare and name.startswith(bare)]
         near = near or [f"--{name}" for name in nearest(bare, known, 1)]

@@ -377,4 +377,7 @@ def _argument_texts(call: str) -> list[str]:
 def _short(value: object) -> str:
     if isinstance(value, nn.Module):
         return f"{type(value).__name__}(…)"
+    if type(value) in (list, tuple) and any(isinstance(item, nn.Module) for item in value):  # type: ignore[attr-defined]
+        items = ", ".join(map(_short, value))  # type: ignore[call-overload]
+        return shorten(f"[{items}]" if isinstance(value, list) else f"({items})")
     return str(value.__name__) if callable(value) and hasattr(value, "__name__") else shorten(repr(value))

@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
-from ..base.tokens import statements
+from ..base.tokens import statements, variable_name
 from ..base.types import Record
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
-from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
+from ..line.call import (
+    Assignment,
+    CallExpression,
+    fresh_names,
+    parse_assignment,
+    parse_call,
+    root_name,
+    values_first,
+)
 from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
@@ -29,7 +37,8 @@ from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
     from ..execution.call import Call
-    from ..run import DrawNumber, Run
+    from ..line.expression import Expression
+    from ..run import DrawNumber, Note, Run
 
 Namespace = dict[str, object]
 
@@ -168,6 +177,11 @@ class CommandUse(Record):
         return {**self.user_ns, **self.local_ns}
 
     @property
+    def taken(self) -> frozenset[str]:
+        """Names that hold something of the user's or are those of models, which advice leaves as they are."""
+        return frozenset({*self.user_ns, *self.local_ns, *self.notebook.session.models})
+
+    @property
     def silenced(self) -> bool:
         """Whether a `;` keeps the value of the line from being displayed."""
         return displayed_quietly(self.notebook.shell, self.line)
@@ -213,13 +227,33 @@ class CommandUse(Record):
         """The call of a line; or of a cell, whose other statements are run, with a function that assigns the value."""
         name = self.spec.name
         if self.cell is None:
-            return parse_call(self.rest, f"{name} {self.line[: self.read.offset]}".strip()), None
+            command = f"{name} {self.line[: self.read.offset]}".strip()
+            try:
+                return parse_call(self.rest, command), None
+            except FlaxMagicsError:
+                self._check_call(command)
+                return parse_call(self.rest, command, self.taken), None  # once more: advice binds no name that is taken
         if self.rest:
             raise FlaxMagicsError(
                 f"%{name} takes its call from the cell's last line; `{self.rest}` stands on the first.",
                 **written(f"{name} {self.line.strip()}"),
             )
-        return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}")
+        return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}", self.taken)
+
+    def _check_call(self, command: str) -> None:
+        """Raises FlaxMagicsError where a name alone stands in the place of a call, and is no model's."""
+        from ..base.digest import kind_of
+
+        name, models = self.rest.rstrip("; "), self.notebook.session.models
+        value = self.value_of(name)
+        if value is None or callable(value) or name in models or self.spec.takes != "call":
+            return
+        model = next(iter(models)) if len(models) == 1 else "…"
+        what, call = "a model", f"{model}({name})"
+        if self.spec.bare_name in ("flax_grad", "flax_train"):
+            what, call = "a loss", f"…({model}, {name})"
+        message = f"`{name}` is {kind_of(value)}, and %{self.spec.bare_name} takes the call of {what}."
+        raise FlaxMagicsError(message, **written(f"{command} {call}"))
 
     def resolve(self, expression: CallExpression, *, registers: bool = True) -> tuple[str, Call, Any]:
         """Name of the model, the evaluated call, and the module that the name stands for now, None if as registered.
@@ -247,6 +281,34 @@ class CommandUse(Record):
 
             value = None if needed_fields(value) else value()
         return target, call, value if is_module(value) else None
+
+    def notes_of(self, name: str, *, weights: bool = True) -> tuple[Note, ...]:
+        """Sharp bits of the names in the notebook, for a run of the model `name`.
+
+        Args:
+          weights: the model's own are used.
+        """
+        held = (
+            self.notebook.weight_names.note(name, self.notebook.session.collections, self.user_ns) if weights else None
+        )
+        unbound = self.notebook.note_of_unbound(name, self.local_ns if name in self.local_ns else self.user_ns)
+        return tuple(note for note in (unbound, held) if note is not None)
+
+    def evaluated(self, expression: Expression) -> Any:
+        """The value of an option's expression. Raises FlaxMagicsError, for a name of optax with the line to write."""
+        try:
+            return expression.evaluate(self.user_ns, self.local_ns)
+        except FlaxMagicsError:
+            import optax  # type: ignore[import-untyped]
+
+            tree = expression.tree
+            name = tree.func if isinstance(tree, ast.Call) else tree
+            if not isinstance(name, ast.Name) or name.id in self.names() or not hasattr(optax, name.id):
+                raise
+            text = f"optax.{expression.source}" + ("" if isinstance(tree, ast.Call) else "(1e-3)")
+            line = f"%{self.spec.bare_name} {self.line.replace(expression.source, text, 1)}".strip()
+            advice = written(f"import optax\n{line}" if self.cell is None else f"%{line}")
+            raise FlaxMagicsError(f"`{name.id}` is not defined here, and optax has one.", **advice) from None
 
     def resolve_loss(self, expression: CallExpression) -> tuple[str, Callable[..., Any], Call, Any]:
         """Name of the model that a loss is called with, the loss, its call without the model, and as in `resolve`."""
@@ -293,7 +355,8 @@ class CommandUse(Record):
             return FlaxMagicsError(f"`{name}` is not registered yet{waits}.", write=f"%flaxmodel {name}")
         if is_module_class(value):
             message = f"`{name}` is a class, and a model is an instance of it."
-            return FlaxMagicsError(message, **written(spell_construction(value, "%flaxmodel", name)))
+            free = next(fresh_names(variable_name(value.__name__), expression.tree, self.taken))
+            return FlaxMagicsError(message, **written(spell_construction(value, "%flaxmodel", name, free)))
         saved = session.waiting.get(name)
         if saved is not None and value is None:
             text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it"
@@ -311,8 +374,14 @@ class CommandUse(Record):
             tree = expression.tree
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
             if calls:  # such as `jnp.sum(net(x))`, where only the inner call can be a command's
-                return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
-        return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
+                return FlaxMagicsError(
+                    text, **written(values_first(expression.text, tree, expression.command, calls, taken=self.taken))
+                )
+        if hint is None and value is None and len(known) == 1:  # the only model there is
+            rest = expression.text[end_of(expression.text, expression.tree.func) :]
+            called = ".".join((*known, *expression.method))
+            return FlaxMagicsError(text, write=f"{expression.command} {called}{rest}")
+        return FlaxMagicsError(text, hint=hint, form=None if hint or value is not None else f"%flaxmodel {name} = …")
 
     def _part_called(self, expression: CallExpression, value: Any) -> FlaxMagicsError | None:
         """The error for a module that is called as a part of something else, such as `agent.actor(x)`, None without one.

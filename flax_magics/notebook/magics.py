@@ -221,7 +221,8 @@ class FlaxMagics(Magics):
                 self.notebook.weight_names.hold(name, target, variables)
             return init_run
 
-        return use.run(run)
+        variables = use.run(run)
+        return None if use["quiet"] and displayed(self.shell) else variables
 
     @command(FLAX_APPLY)
     def flax_apply(self, use: CommandUse) -> Any:
@@ -231,15 +232,13 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
-            variables, note = use["variables"], None
-            if variables is None:
-                note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
-            else:
+            variables = use["variables"]
+            notes = use.notes_of(name, weights=variables is None)
+            if variables is not None:
                 variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
             chosen = {option: use[option] for option in ("mutable", "key", "samples", "eager", "roofline")}
             chosen |= {"keys_of": use.keys_of(), "repeat": use["repeat"] or 1}
             options = ApplyOptions(mode=mode, variables=variables, **chosen)
-            notes = () if note is None else (note,)
             apply_run = self.session.run_apply(name, call, options, module=module, notes=notes)
             if use.cell is None and options.plain and expression.is_plain:
                 lines = self.notebook.known_lines
@@ -257,8 +256,7 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, loss, call, module = use.resolve_loss(expression)
-            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
-            notes = () if note is None else (note,)
+            notes = use.notes_of(name)
             return self.session.run_grad(name, loss, call, mode=mode, freeze=frozen, module=module, notes=notes)
 
         gradients = use.run(run)
@@ -273,12 +271,12 @@ class FlaxMagics(Magics):
             from ..state.training import Optimizer, TrainOptions
 
             name, loss, call, module = use.resolve_loss(expression)
-            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
+            notes = use.notes_of(name)
             earlier = self.session.training_of(name) if use["resume"] else None
             optimizer, data = use["optimizer"], use["eval"] or ("" if earlier is None else earlier.eval)
 
             def evaluated(option: str, text: str | None) -> Any:
-                return parse_expression(text, option).evaluate(use.user_ns, use.local_ns) if text else None
+                return use.evaluated(parse_expression(text, option)) if text else None
 
             options = TrainOptions(
                 optimizer=Optimizer(optimizer, evaluated("--optimizer", optimizer)) if optimizer else None,
@@ -286,7 +284,6 @@ class FlaxMagics(Magics):
                 eval_text=data,
                 **{option: use[option] for option in ("batch", "epochs", "steps", "freeze", "resume")},
             )
-            notes = () if note is None else (note,)
             return self.session.run_train(name, loss, call, options, module=module, notes=notes)
 
         trained = use.run(run, gives_run=True)
@@ -399,6 +396,9 @@ class FlaxMagics(Magics):
         from ..history.table import history_bundle
 
         marks = dict(mark for rerun in self.notebook.reruns() for mark in rerun.marks())
+        if use.rest.isdigit():
+            message = "%flax_history takes the name of a model, and the last runs by an option."
+            raise FlaxMagicsError(message, write=f"%flax_history --last {use.rest}")
         history = self.session.history(last=use["last"], model=use.rest or None, cells=marks)
         self.publish(history_bundle(history, use["all"], self.style))
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from ..base.tokens import variable_name
 from ..cells.journal import Registered
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
-from ..line.call import Assignment, parse_assignment, parse_call
+from ..line.call import Assignment, fresh_names, parse_assignment, parse_call
 from ..line.expression import Expression
 from ..models.calls import constructor
 from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
@@ -40,7 +41,10 @@ class CellModels(Struct, frozen=True):
 
 def from_line(use: CommandUse) -> CellModels:
     """The models of a `%flaxmodel` line: `net = Net(3)`, or `net` for a module that is in the namespace."""
-    name, expression = parse_assignment(use.rest)
+    try:
+        name, expression = parse_assignment(use.rest)
+    except FlaxMagicsError:  # once more, for advice that binds no name that is taken
+        name, expression = parse_assignment(use.rest, taken=use.taken)
     if expression is not None:
         value = build(expression, use.user_ns, use.local_ns)
         if is_module_class(value):
@@ -57,7 +61,7 @@ def from_line(use: CommandUse) -> CellModels:
         line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
         raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
     value = use.local_ns[name] if name in use.local_ns else use.user_ns[name]
-    return CellModels({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
+    return CellModels({name: _from_defaults(value, "%flaxmodel", name, use.taken) if is_module_class(value) else value})
 
 
 def read_line(text: str) -> Assignment | None:
@@ -135,13 +139,14 @@ def check_fields(cls: type, names: Iterable[str]) -> None:
     raise FlaxMagicsError(f"{cls.__name__} has no field `{unknown}`.", hint=f"{hint}\n{takes}" if hint else takes)
 
 
-def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
+def _from_defaults(cls: Any, command: str, spelled: str, taken: frozenset[str] = frozenset()) -> Any:
     needed = needed_fields(cls)
     if needed in ([], ["rngs"]) and takes_rngs(cls, (), {}):
         return Construction(cls, (), {}, f"{cls.__name__}()")
     if needed:
         names = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
-        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", form=spell_construction(cls, command, spelled))
+        free = next(fresh_names(variable_name(cls.__name__), ast.Name(spelled), taken))
+        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", form=spell_construction(cls, command, spelled, free))
     return cls()
 
 
@@ -204,7 +209,7 @@ def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], .
         Registered(
             **{
                 name: getattr(change, name)
-                for name in ("name", "state", "changes", "variables", "file", "unfit", "other")
+                for name in ("name", "state", "changes", "variables", "file", "unfit", "other", "notes")
             },
             module=session.models[change.name].describe(),
             check=rows if change is changes[-1] else (),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.text import WIDTH, fit, on_terminal, plural, width
 from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
-from ..code.library import library
+from ..code.library import is_module, is_module_class, library
 from ..line.call import CallExpression
 from .completion import Names
 from .interrupts import InterruptGuard
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..execution.call import Call
     from ..line.options import ApplyOptions
     from ..report.live import Live
-    from ..run import Run
+    from ..run import Note, Run
     from ..state.weights import WeightNames
 
 KNOWN_LINES = 256
@@ -140,6 +140,8 @@ class Notebook:
         """Lines of `%flax_apply` that ran before, by their text."""
         self.bound: set[str] = set()
         """Names of registered models that were variables of the notebook when some cell ended."""
+        self.unbound: set[str] = set()
+        """Those of which it was said that they are no more."""
 
     # -- its session
 
@@ -193,6 +195,23 @@ class Notebook:
         from ..state.weights import WeightNames
 
         return WeightNames()
+
+    def note_of_unbound(self, name: str, names: Mapping[str, object]) -> Note | None:
+        """A note, once, if the name of a model is not among `names` any more, or stands for something else."""
+        from ..base.digest import kind_of
+        from ..run import Note
+
+        value = names.get(name)
+        if is_module(value) or is_module_class(value) or name not in self.bound:
+            self.unbound.discard(name)
+            return None
+        if name in self.unbound:
+            return None
+        self.unbound.add(name)
+        what = f"is {kind_of(value)} now" if name in names else "was deleted"
+        text = f"`{name}` {what}, and this run is of the model that is registered under it: a restarted kernel has none"
+        line = f"{name} = flax_magics.session().models['{name}'].module"
+        return Note("name", text, write=f"import flax_magics\n{line}")
 
     @property
     def number(self) -> int:

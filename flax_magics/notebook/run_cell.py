@@ -48,11 +48,12 @@ def run_body(shell: Any, body: str, line: str) -> tuple[str, ...]:
 
 
 def run_statements_with_call(
-    shell: Any, body: str, line: str = "", command: str = "%%flax_apply"
+    shell: Any, body: str, line: str = "", command: str = "%%flax_apply", taken: frozenset[str] = frozenset()
 ) -> tuple[CallExpression, Callable[[Any], None] | None]:
     """Runs all statements of a body but the last, which must be a call with or without assignment.
 
-    Arguments and errors are those of `run_body`; `command` is the magic. The last statement is read before anything runs.
+    Arguments and errors are those of `run_body`; `command` is the magic, `taken` as in `parse_call`. The last statement is
+    read before anything runs.
 
     Returns:
       The call, quiet if the body ends in `;`; and a function that assigns its value, None for a call alone.
@@ -76,7 +77,7 @@ def run_statements_with_call(
         raise FlaxMagicsError(message, **written("\n".join(lines)))
     # The text as it was written, which reports and exports show.
     call_text = ast.get_source_segment(cell.source, value) or ast.unparse(value)
-    call = parse_call(call_text, first.replace("%%", "%", 1))._replace(quiet=cell.quiet)
+    call = parse_call(call_text, first.replace("%%", "%", 1), taken)._replace(quiet=cell.quiet)
     _run(shell, statements, cell, "all" if shell.ast_node_interactivity == "all" else "none")
     return call, None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
 

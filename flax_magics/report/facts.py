@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -167,6 +168,8 @@ def verdict(run: Run) -> str:
     how = ", by its digest" if agreement.against == "digest" else ""
     if run.kind.trains:
         return f"identical{how}: weights after {plural(run.steps, 'step')}"
+    if run.kind.opens:
+        return f"identical{how}: every variable"
     return f"identical{how}: {'loss and gradients' if run.kind.loss else cut(clean(run.shape), 40)}"
 
 
@@ -250,7 +253,9 @@ def not_finite(run: Run) -> tuple[str, ...]:
     for name, label in (("nan", "NaN"), ("inf", "inf")):
         having = [(getattr(values, name), values.path) for values in run.values if getattr(values, name)]
         if having:
-            first = f", first in {clean(having[0][1])}" if len(run.values) > 1 else ""
+            # Of gradients the path of a parameter: `grads/Dense_0/bias`.
+            path = re.sub(r"\['([^']*)'\]", r"/\1", having[0][1]).lstrip("/") if run.kind.loss else having[0][1]
+            first = f", first in {clean(path)}" if len(run.values) > 1 else ""
             texts.append(f"{count(sum(amount for amount, _ in having))} of {size} {label}{first}")
     return tuple(texts)
 
@@ -308,12 +313,13 @@ def changed_of(run: Run) -> tuple[str, ...]:
 
 
 def keys_of(run: Run) -> tuple[str, ...]:
-    """`dropout → Dropout_0` for each key that was taken; `dropout → nobody` where the layers that would were off."""
+    """`dropout → Dropout_0` for each key that was taken; `dropout → nobody, layers off` where they would take it if on."""
     if not run.kind.model:
         return ()
     where = {stream: takers(run, stream) for stream in run.keys}
     # That a `params` key has no taker is no news either: variables were there, as usual.
     shown = {stream for stream in run.keys if where[stream] != "nobody" or (stream in run.idle and stream != "params")}
+    where = {stream: taker + ", layers off" * (taker == "nobody") for stream, taker in where.items()}
     return tuple(f"{clean(stream)} → {where[stream]}" for stream in run.keys if stream in shown)
 
 
@@ -457,8 +463,10 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("init", timing.init),
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
-        # Without the time beside the init, which nobody waited for.
-        Phase(_last_phase(run), timing.compile - timing.beside),
+        # Without the time beside the init, which nobody waited for, and what is left of it where that is next to nothing.
+        Phase(
+            _last_phase(run), left if (left := timing.compile - timing.beside) >= BESIDE or not timing.beside else 0.0
+        ),
         Phase("wait", sum(_waits(timing))),
         Phase("run", timing.typical),
     ]
@@ -484,5 +492,6 @@ def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
     memory = run.memory
     if memory is None:
         return ()
-    amounts = [(name, bytes_(getattr(memory, name))) for name in ("arguments", "temporaries", "outputs", "code")]
+    amounts = [(name, bytes_(getattr(memory, name))) for name in ("arguments", "temporaries", "outputs")]
+    amounts += [("code", bytes_(memory.code))] if memory.code else []  # XLA does not count it on every device
     return (*amounts, *([("device peak so far", bytes_(memory.peak))] if memory.peak is not None else []))

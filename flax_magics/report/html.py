@@ -210,7 +210,8 @@ def registered_bundle(models: Sequence[Registered], style: str) -> dict[str, obj
     """The MIME bundle of the models that `%%flaxmodel` registered; empty if there are none."""
     if not models:
         return {}
-    return shown_bundle(text.registered_text(models), lambda: render("registered.html", {"models": models}), style)
+    shown = [(model, note_lines(model.notes)) for model in models]
+    return shown_bundle(text.registered_text(models), lambda: render("registered.html", {"models": shown}), style)
 
 
 def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, object]:

@@ -313,12 +313,13 @@ def _joined(names: list[str]) -> str:
 
 
 def registered_text(models: Sequence[Registered]) -> str:
-    """The lines of the registered models, with the rows of `--check` beneath each."""
+    """The lines of the registered models, with the rows of `--check` and notes beneath each."""
     lines: list[str] = []
     for model in models:
         name = clean(model.name)
         lines += dotted((f"{name} {model.headline}" if model.headline else name, *model.parts))
         lines += table([(clean(label), clean(value)) for label, value in model.check], indent="  ")
+        lines += notes(model.notes)
     return "\n".join(lines)
 
 

@@ -184,8 +184,8 @@ _KINDS = (
 )
 
 
-def _json_in(file: BinaryIO, path: Path) -> str:
-    """Our JSON, checked against its checksum. Of a file that is none of ours only the beginning is read."""
+def _metadata_in(file: BinaryIO, path: Path) -> dict[str, object]:
+    """What our header says of itself. Raises FlaxMagicsError for a file that is none of ours, or Damaged."""
     start, size = file.read(64), os.fstat(file.fileno()).st_size
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
@@ -213,6 +213,22 @@ def _json_in(file: BinaryIO, path: Path) -> str:
             message,
             write=f"import safetensors.numpy\narrays = safetensors.numpy.load_file({os.fspath(path)!r})",
         )
+    return metadata
+
+
+def is_session(path: Path) -> bool:
+    """Whether the header of a file says that %flax_save wrote it, whatever became of the rest."""
+    try:
+        with _opened(path) as file:
+            _metadata_in(file, path)
+    except (FlaxMagicsError, Damaged, OSError):
+        return False
+    return True
+
+
+def _json_in(file: BinaryIO, path: Path) -> str:
+    """Our JSON, checked against its checksum. Of a file that is none of ours only the beginning is read."""
+    metadata = _metadata_in(file, path)
     version = metadata["flax_magics"]
     if version != str(VERSION):
         if isinstance(version, str) and re.fullmatch("[1-9][0-9]{0,8}", version) and int(version) > VERSION:

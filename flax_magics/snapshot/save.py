@@ -20,10 +20,11 @@ from ..base.threads import Future, Workers, uninterrupted, wait_for
 from ..compile.cache import Services
 from ..compile.placement import agree, whole
 from ..errors import FlaxMagicsError
+from ..line.options import quoted
 from ..run import COMMANDS, Note, Run
 from ..state.runs import RunLog, backwards, length
 from ..state.state import SavedModel, State
-from . import document, restore
+from . import document, format, restore
 from .document import Snapshot, WrittenRuns
 from .restore import Matched, Unfit
 
@@ -84,12 +85,36 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _replaceable(path: str | os.PathLike[str], line: str = "%flax_save") -> Path:
+    """`path_of` a file that may be written: a new one, an empty one, or an earlier session.
+
+    Args:
+      line: the command, for the advice.
+
+    Raises:
+      FlaxMagicsError: another file is there, or a new one would have the ending of another format.
+    """
+    target = path_of(path)
+    if os.path.isfile(target):
+        allowed = os.path.getsize(target) == 0 or format.is_session(target)
+        what = f"`{path}` is there already, and no %flax_save wrote it."
+    else:  # a folder and the like is told where it is written
+        allowed = target.suffix in ("", ".safetensors") or os.path.lexists(target)
+        what = f"a session is a file with the ending .safetensors, and `{path}` has another."
+    if not allowed:
+        numbered = ("", *(f"_{n}" for n in range(2, 1000)))
+        names = (target.with_name(f"{target.stem}{number}.safetensors") for number in numbered)
+        free = next(name for name in names if not os.path.lexists(name))
+        raise FlaxMagicsError(what, write=f"{line} {quoted(os.fspath(free))}")
+    return target
+
+
 def save_session(state: State, path: str | os.PathLike[str], services: Services) -> Saved:
     """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one.
 
     Of several processes with one mesh the first writes, once it has the parts of arrays that others hold.
     """
-    target = path_of(path)
+    target = _replaceable(path)
     for entry in state.models.values():
         entry.check_alive(f"{entry.name}(…)")
     snapshot = document.with_sources(document.take(state), state)
@@ -241,8 +266,9 @@ def autosave_session(state: State, path: str | os.PathLike[str], services: Servi
     A session without runs does not replace one in the file: turning autosave on in the first cell, after a restart,
     would lose what it is for.
     """
+    target = _replaceable(path, _AUTOSAVE)
     # Absolute, since the working folder may change before a later save.
-    return Autosave(path_of(path).absolute(), _there(state, path_of(path)) or save_session(state, path, services))
+    return Autosave(target.absolute(), _there(state, target) or save_session(state, path, services))
 
 
 def _there(state: State, target: Path) -> Saved | None:
@@ -267,6 +293,7 @@ def _there(state: State, target: Path) -> Saved | None:
     return replace(_saved(target, size, snapshot, runs), kept=True)
 
 
+_AUTOSAVE = "%flax_save --autosave"
 REST = 4.0
 """After a write, rest this many times as long: saving takes at most a fifth of the time."""
 
@@ -346,7 +373,7 @@ class Autosave:
     def _write(self, snapshot: Snapshot, state: State) -> None:
         try:
             snapshot = document.with_sources(snapshot, state, self._sources)
-            size = document.write(self.path, snapshot, state.runs, self._history)
+            size = document.write(_replaceable(self.path, _AUTOSAVE), snapshot, state.runs, self._history)
             self.last = _saved(Path(self.last.path), size, snapshot, state.runs)
             self.error = self._told = None
         except FlaxMagicsError as error:

@@ -265,6 +265,13 @@ class SessionView:
         """Bytes that are held for replays alone."""
         return self._keeping.bytes
 
+    def _count_replaced(self, before: State, entry: ModelEntry | None) -> None:
+        """Counts what `entry` has kept of replaced variables, in the place of what the model had in `before`."""
+        old = None if entry is None else before.models.get(entry.name)
+        was = None if old is None else old.replaced
+        if entry is not None and entry.replaced is not was:
+            self._keeping.replace(was, entry.replaced)
+
     def __len__(self) -> int:
         return length(self._state.runs)
 
@@ -298,10 +305,12 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
     raise FlaxMagicsError("this model is not registered.", **written(line))
 
 
-def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
+def entry_now(
+    models: Mapping[str, ModelEntry], name: str, module: object, limit: int = 0
+) -> tuple[ModelEntry, tuple[Note, ...]]:
     """The entry of a name that now stands for `module` (None: as registered), with a note if that is another.
 
-    A module under a name that nothing is registered by is registered: its run says so.
+    A module under a name that nothing is registered by is registered: its run says so. `limit` as in `register`.
     """
     if module is not None and name not in models:
         return register(None, name, module)[0], ()
@@ -309,12 +318,13 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     if module is None or module is entry.model.module:
         return entry, ()
     old = _compared(entry)
-    entry, change = register(old, name, module)
+    entry, change = register(old, name, module, limit)
     if change.state == "unchanged":
         return entry, ()
     became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
     became = " with what it holds" if old is None and entry.ready else became
-    return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
+    text = f"{name} is another module now, {entry.model.describe()}: registered{became}"
+    return entry, (Note("rebound", text), *change.notes)
 
 
 _compared: Callable[[ModelEntry], ModelEntry | None] = by_kind(lambda entry: entry, lambda entry: None)

@@ -9,9 +9,10 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import is_gone
 from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
-from ..compile.initialise import initialised
+from ..compile.initialise import initialised, initialised_in_eval
 from ..errors import FlaxMagicsError
 from ..models.base import Model, ModelWithVariables
 from ..models.construction import adopt
@@ -47,16 +48,24 @@ class Registration(Struct, frozen=True):
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
     """How the model differs from the one that the file was saved with."""
+    notes: tuple[Note, ...] = ()
+    """What an edit has dropped that an init would not make again."""
     write: Callable[[], None] | None = None
     """Copies the old variables into the new NNX module, at the commit; None where nothing is copied."""
 
+
+INITIAL = ("initial values",)
+"""What has changed of an NNX module that is built alike, with other keys."""
 
 Assigned = tuple[ModelEntry, Callable[[], None] | None]
 """The entry with variables that were assigned, and what writes them into an NNX module; None for a linen model."""
 
 
-def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEntry, Registration]:
+def register(old: ModelEntry | None, name: str, module: object, limit: int = 0) -> tuple[ModelEntry, Registration]:
     """The entry for `module` under `name`, and how it compares with `old`. Nothing is changed here.
+
+    Args:
+      limit: as in `replaced_by_init`, for variables that do not fit the new module.
 
     Raises:
       FlaxMagicsError: the name is no identifier, or the object is no module that can be registered.
@@ -66,7 +75,7 @@ def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEn
     # The same object may have been changed in place, so its fingerprint is asked again.
     if old is not None and module is old.model.module and old.computes(old.model.fingerprint()):
         return old, unchanged(old)
-    return compare(old, new_entry(name, adopt(module, name)).registered())
+    return compare(old, new_entry(name, adopt(module, name)).registered(), limit)
 
 
 def new_entry(name: str, model: Model) -> ModelEntry:
@@ -75,13 +84,35 @@ def new_entry(name: str, model: Model) -> ModelEntry:
     return kinds[model.api](name, model, None)
 
 
-def compare(old: ModelEntry | None, entry: ModelEntry) -> tuple[ModelEntry, Registration]:
+def compare(old: ModelEntry | None, entry: ModelEntry, limit: int = 0) -> tuple[ModelEntry, Registration]:
     """Of the entry that a name has and a new one: the one to keep, or one with what both have, and how they compare."""
     if old is None:
         return entry, Registration(entry.name, "new")
     if old.model.api != entry.model.api:
         return entry, Registration(entry.name, "changed", variables="own" if entry.ready else "none")
-    return _compare(old, entry)
+    after, change = _compare(old, entry)
+    return (after, change) if change.variables not in ("dropped", "own") else _set_aside(old, after, change, limit)
+
+
+def _set_aside(old: ModelEntry, after: ModelEntry, change: Registration, limit: int) -> tuple[ModelEntry, Registration]:
+    """Both with the weights that an edit dropped, as `replaced` and in a note, where no init makes them again."""
+    source, name = old.source_now(), old.name
+    # Statistics that runs after an edit have written do not take the place of what a training had made before.
+    if source is None or source.is_initial or source == WeightSource.own(name) or is_gone(old.held):
+        return replace(after, replaced=old.replaced), change
+    replaced, text = replaced_by(old, limit, f"this edit dropped weights of {name}")
+    line, write, form = PREVIOUS.format(name), None, None
+    if replaced is not None:
+        if change.changes == INITIAL:
+            write = line
+        elif change.variables == "dropped" and after.last_init is None:
+            text += "; it takes them again, if they fit, once it is initialised by a call that it takes"
+            form = f"%flax_init {name}(…)\n{line}"
+        else:
+            text += "; it takes them again once the edit is undone"
+            form = f"…\n{line}"
+    note = Note("replaced", text, write=write, form=form)
+    return replace(after, replaced=replaced), replace(change, notes=(note,))
 
 
 def unchanged(old: ModelEntry) -> Registration:
@@ -105,7 +136,7 @@ def _compare_modules(old: NnxEntry, new: ModelEntry) -> tuple[ModelEntry, Regist
     same, same_values = old.computes(fingerprint), entry.initial_sample == old.initial_sample
     if same and same_values:
         return old, unchanged(old)
-    changes = ("initial values",) if same else differences(_shapes(old.model), _shapes(model))
+    changes = INITIAL if same else differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     # The kept values are outdated if the edited code would begin with others.
@@ -127,14 +158,19 @@ def _compare_inits(old: LinenEntry, new: ModelEntry) -> tuple[ModelEntry, Regist
         return old, unchanged(old)
     model = new.linen.model
     entry = replace(old, model=model, fingerprint=new.fingerprint, static_ints=frozenset())
-    old_init, init = old.last_init, None
+    old_init, init, failure = old.last_init, None, ""
     if old_init is None:  # how variables are made is unknown, so nothing can be compared
         return entry, Registration(old.name, "changed", variables="kept" if old.ready else "none")
-    try:
-        # The last init's call is traced with the new code; nothing is computed.
-        init = initialised(model, old_init.key, old_init.method, old_init.args, old_init.kwargs)
-    except Exception as error:  # the edited code does not accept the last init's call
-        changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
+    # The last init's call is traced with the new code; nothing is computed. An edit may have added a switch to the call.
+    for trace in (initialised, initialised_in_eval):
+        try:
+            init = trace(model, old_init.key, old_init.method, old_init.args, old_init.kwargs)
+            break
+        except Exception as error:
+            failure = failure or type(error).__name__
+    changes: tuple[str, ...] = ()
+    if init is None:
+        changes = (f"whether its variables fit cannot be told, as the last init's call fails now ({failure})",)
     else:
         comparable = init.shapes is not None and old_init.shapes is not None
         changes = differences(old_init.shapes, init.shapes) if comparable else ()
@@ -236,14 +272,25 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
     Args:
       limit: the most bytes to keep.
     """
+    replaced, text = replaced_by(entry, limit, f"this init replaced weights of {entry.name}")
+    if not text:
+        return entry.replaced, ()
+    return replaced, (Note("replaced", text, write=None if replaced is None else PREVIOUS.format(entry.name)),)
+
+
+def replaced_by(entry: ModelEntry, limit: int, what: str) -> tuple[Replaced | None, str]:
+    """The variables of an entry that others take the place of, and a text that begins with `what`.
+
+    The text is empty if they are an init's own. None where they are more than `limit` bytes, which the text says.
+    """
     source = entry.source_now()
     # As an init made them, they can be made again: nothing is lost.
     if not entry.ready or source is None or (source.is_initial and not entry.update_counts):
-        return entry.replaced, ()
+        return None, ""
     replaced = Replaced(entry.read_variables(), source, entry.update_counts)
     runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.update_counts.items())
-    text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
+    text = f"{what}: {source.describe()}" + (f", {runs}" if runs else "")
     if replaced.size > limit:
         gone = f"; they are not kept: {bytes_(replaced.size)} are more than replay_bytes, {bytes_(limit)}"
-        return None, (Note("replaced", text + gone),)
-    return replaced, (Note("replaced", text, write=PREVIOUS.format(entry.name)),)
+        return None, text + gone
+    return replaced, text

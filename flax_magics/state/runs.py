@@ -450,11 +450,13 @@ def _shared(init: Run, apply: Run) -> bool:
 
 
 def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:
-    """Where the program came from, and why it was new, of the last `n` runs of `model`, newest first.
+    """Where the program came from, and why it was new, of the last `n` applies of `model`, newest first.
+
+    Gradients and trainings are left out: a loss has programs of its own.
 
     Args:
       reach: how many runs, of any model, are searched.
     """
     recent = (stored.facts for stored in islice(backwards(chain), reach))
-    applies = (facts for facts in recent if COMMANDS[facts.command].forward and facts.model == model)
+    applies = (facts for facts in recent if facts.command == "apply" and facts.model == model)
     return [(facts.program, facts.causes) for facts in islice(applies, n)]

@@ -334,6 +334,12 @@ def check(function: Any, call: str, command: str) -> None:
         )
         is_open = hasattr(function, "__wrapped__")
         raise FlaxMagicsError(message, **(written(f"{command} {name}.__wrapped__({arguments}") if is_open else {}))
+    if _takes_gradients(function):
+        message = (
+            f"`{name}` takes gradients by itself, and {command.split(' ')[0]} takes those of the loss that is in it."
+        )
+        is_open = str(getattr(function, "__doc__", "")).startswith(_GRADIENTS)
+        raise FlaxMagicsError(message, **(written(f"{command} {name}.__wrapped__({arguments}") if is_open else {}))
     for held_by, value in _reads(function):
         if isinstance(value, nnx_modules()):
             raise FlaxMagicsError(
@@ -342,6 +348,19 @@ def check(function: Any, call: str, command: str) -> None:
                 form=f"def {name.rpartition('.')[2]}(net, batch, {held_by}):\n  …\n"
                 f"{command} {with_arguments(call, [held_by])}",
             )
+
+
+_GRADIENTS = ("Gradient of ", "Value and gradient of ")
+"""How the docstrings begin that JAX gives to what `jax.grad` and `jax.value_and_grad` return, which holds the loss."""
+
+
+def _takes_gradients(function: Any) -> bool:
+    """Whether a function is what `jax.grad` or `nnx.grad` returned: JAX tells by its docstring, NNX by a name."""
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    if module.partition(".")[0] not in ("jax", "flax"):
+        return False
+    by_nnx = getattr(inspect.unwrap(function), "__name__", "") == "grad_wrapper"
+    return by_nnx or str(function.__doc__).startswith(_GRADIENTS)
 
 
 def _reads(function: Any) -> Iterator[tuple[str, object]]:

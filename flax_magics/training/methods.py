@@ -49,6 +49,7 @@ class LossMethods:
     _check: Callable[[State], None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
     _commit: Callable[[State, Outcome], None]
+    _count_replaced: Callable[[State, ModelEntry | None], None]
 
     def grad(
         self,
@@ -273,6 +274,8 @@ class Committing:
             if progress.write is not None:
                 progress.write()
             at_once(((object.__setattr__, session, "_state", state),))
+        if self._last is None:
+            session._count_replaced(self._before, entry)
         self._last, self._stored = progress, stored
         last = run.output is not RELEASED
         if last and stored.origin is not None:

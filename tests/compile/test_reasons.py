@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from by_hand import MyModel, notebook_x
 from flax import nnx, struct
@@ -519,6 +520,7 @@ BATCH = (
     "the batch size of `{}` varies ({}), and each size is a program of its own: leave out the last batch, which is"
     " smaller, or pad it"
 )
+GROWS = BATCH.partition("leave")[0] + "pad to the largest that is to come"
 AS_ARRAY = "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"
 HALF = X[0].astype(jnp.bfloat16)
 
@@ -534,6 +536,9 @@ def padded(widths: str) -> tuple[str, str]:
          f"3 of the last 4 runs of net compiled: {BATCH.format('x', '32, 64, 128')}", padded("(0, 128 - len(…)), (0, 0)")),
         ([(jnp.ones((2, 2, length)),) for length in (4, 5, 9)],
          "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
+         " what is padding takes a mask", padded("(0, 0), (0, 0), (0, … - ….shape[2])")),
+        ([(jnp.ones((2, 2, length)),) for length in (4, 9, 5)],
+         "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
          " what is padding takes a mask", padded("(0, 0), (0, 0), (0, 9 - ….shape[2])")),
         ([(X, 1.0, n) for n in (1, 2, 3)],
          "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of its own",
@@ -545,7 +550,7 @@ def padded(widths: str) -> tuple[str, str]:
          "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
          " kind is a program of its own", ("form: ", AS_ARRAY)),
     ],
-    ids=["batch size", "another axis", "static number", "dtype and weak type", "kind of number"],
+    ids=["batch size", "another axis", "a smaller one", "static number", "dtype and weak type", "kind of number"],
 )  # fmt: skip
 def test_the_third_program_for_what_varies_has_a_note(takes, calls, text, form):
     *before, last = [advice(takes.apply("net", *args)) for args in calls]
@@ -558,8 +563,24 @@ def test_other_models_under_one_name_are_no_reason_for_a_note(session):
         session.register("net", nn.Dense(features))
         assert advice(session.apply("net", jnp.ones((2, features)))) == []
     session.apply("net", jnp.ones((3, 6)))
-    text = f"3 of the last 3 runs of net compiled: {BATCH.format('inputs', '2, 3, 4')}"
-    assert advice(session.apply("net", jnp.ones((4, 6)))) == [(text, [padded("(0, 4 - len(…)), (0, 0)")])]
+    text = f"3 of the last 3 runs of net compiled: {GROWS.format('inputs', '2, 3, 4')}"
+    assert advice(session.apply("net", jnp.ones((4, 6)))) == [(text, [padded("(0, … - len(…)), (0, 0)")])]
+    text = f"4 of the last 4 runs of net compiled: {BATCH.format('inputs', '1, 2, 3, 4')}"
+    assert advice(session.apply("net", jnp.ones((1, 6)))) == [(text, [padded("(0, 4 - len(…)), (0, 0)")])]
+
+
+@pytest.mark.parametrize("net", [nn.Dense(1), nnx.Linear(4, 1, rngs=nnx.Rngs(0))])
+def test_gradients_and_trainings_count_as_no_runs(net):
+    def loss(net: Any, batch: Any) -> Any:
+        return net(batch).sum()
+
+    session = Session()
+    session.register("net", net)
+    session.apply("net", X[:1])
+    for rows in (2, 3):
+        session.grad(loss, "net", jnp.ones((rows, 4)))
+        session.train(loss, "net", jnp.ones((rows, 4)), optimizer=optax.sgd(0.1), steps=1)
+    assert advice(session.apply("net", jnp.ones((9, 4)), mode="eval")) == []
 
 
 def test_modes_that_alternate_and_edits_are_no_cause(session):

@@ -38,12 +38,49 @@ def test_an_nnx_module_is_updated(notebook, tmp_path):
 def test_runs_after_variables_that_no_line_gives_are_left_out(notebook):
     notebook(NORMED)
     notebook("variables = %flax_init normed(x)")
-    notebook(TRAINED + "%flax_vars normed = {**variables, 'params': params}")
-    notebook("%flax_init normed(x)")
-    notebook("%flax_vars normed = flax_magics.session().models['normed'].previous")
+    notebook("import flax_magics\n%flax_vars normed = flax_magics.session().variables('normed')")
     notebook("y = %flax_apply normed(x)")
     script = exported(notebook)
     assert "# Left out: its variables were set by a line that is left out.\n# y = %flax_apply normed(x)\n" in script
+
+
+PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
+RUN = "%flax_apply {}(x)"
+
+
+def test_weights_that_an_init_replaced_come_back(notebook, tmp_path):
+    cells = ("variables = %flax_init normed(x)", TRAINED + "%flax_vars normed = {**variables, 'params': params}")
+    cells = (NORMED, *cells, RUN.format("normed"), "%flax_init normed(x)", RUN.format("normed"))
+    script = assert_same(notebook, tmp_path, *cells, PREVIOUS.format("normed"), RUN.format("normed"))
+    assert script.count("previous_normed_variables") == 2
+    assert "\nprevious_normed_variables = normed_variables\n" in script
+    assert "\nnormed_variables = previous_normed_variables\n" in script
+
+
+def test_weights_that_an_edit_dropped_come_back_once_it_is_undone(notebook, tmp_path):
+    wider, narrow = NORMED.replace("Dense(3)", "Dense(5)"), NORMED
+    cells = ("variables = %flax_init normed(x)", TRAINED + "%flax_vars normed = {**variables, 'params': params}")
+    cells = (NORMED, *cells, wider, "%flax_apply --train normed(x)", narrow)
+    script = assert_same(notebook, tmp_path, *cells, PREVIOUS.format("normed"), RUN.format("normed"))
+    assert script.count("previous_normed_variables") == 2
+
+
+def test_weights_of_an_nnx_module_come_back(notebook, tmp_path):
+    double = "state = %flax_vars net\n%flax_vars net = jax.tree.map(lambda leaf: leaf * 2, state)"
+    cells = (NNX, double, "%flax_init net(x)", RUN.format("net"), PREVIOUS.format("net"))
+    script = assert_same(notebook, tmp_path, *cells, RUN.format("net"))
+    assert "\nprevious_net = jax.tree.map(lambda leaf: leaf, nnx.state(net))\n" in script
+    assert "\nnnx.update(net, previous_net)\n" in script
+
+
+def test_weights_that_no_line_had_given_do_not_come_back(notebook):
+    notebook(NORMED)
+    notebook("variables = %flax_init normed(x)")
+    notebook("import flax_magics\n%flax_vars normed = flax_magics.session().variables('normed')")
+    notebook("%flax_init normed(x)\n" + PREVIOUS.format("normed"))
+    script = exported(notebook)
+    reason = "# Left out: its variables were set by a line that is left out.\n"
+    assert f"{reason}# {PREVIOUS.format('normed')}\n" in script
 
 
 def test_a_mode_that_nothing_set(notebook, tmp_path):

@@ -146,6 +146,37 @@ def test_what_is_no_call_is_answered_with_the_line_to_write(text: str, message: 
     assert refused(parse_call, text) == message
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("Net(3)(x)", "%flaxmodel net3 = Net(3)\n         %flax_apply net3(x)"),
+        ("nets['a'](x)", "%flaxmodel a2 = nets['a']\n         %flax_apply a2(x)"),
+        ("net(x).sum()", "y2 = %flax_apply net(x)\n         y2.sum()"),
+        ("z = net(x) + 1", "y2 = %flax_apply net(x)\n         z = y2 + 1"),
+    ],
+)
+def test_advice_binds_no_name_that_is_taken(text: str, lines: str) -> None:
+    said = refused(lambda text: parse_call(text, taken=frozenset({"net", "net2", "a", "y"})), text)
+    assert said.endswith(f"\n  write: {lines}")
+
+
+def test_a_registration_is_advised_under_a_free_name() -> None:
+    said = refused(
+        lambda text: parse_assignment(text, taken=frozenset({"net", "dense"})), "Net(3), Net(4), nn.Dense(2)"
+    )
+    names = "%flaxmodel net2 = Net(3)\n         %flaxmodel net3 = Net(4)\n         %flaxmodel dense2 = nn.Dense(2)"
+    assert said == f"one model at a time.\n  write: {names}"
+
+
+@pytest.mark.parametrize("transform", ["jax.grad", "jax.value_and_grad", "nnx.grad", "jax.jit"])
+@pytest.mark.parametrize("command", ["%flax_grad --eval", "%flax_train --steps 3"])
+def test_a_loss_in_a_transform_is_advised_alone(transform: str, command: str) -> None:
+    assert refused(parse_call, f"{transform}(ce)(net, batch)", command) == (
+        f"{command.split()[0]} takes the loss itself: gradients and the compiled program are its own to make.\n"
+        f"  write: {command} ce(net, batch)"
+    )
+
+
 def test_the_message_names_the_command_that_was_used() -> None:
     assert refused(parse_call, "net", "%flax_init") == "`net` is not a call.\n  form: %flax_init net(…)"
 

@@ -285,7 +285,7 @@ def test_streams_of_rngs_in_the_call_are_the_models_own_where_a_layer_would_ask_
     session.register("net", Plain(nnx.Rngs(0)))
     runs = [session.apply("net", an_input(), method=name, mode="eval") for name in ("__call__", "drop")]
     assert [run.idle for run in runs] == [(), ("dropout",)]
-    assert [facts.keys_of(run) for run in runs] == [(), ("dropout → nobody",)]
+    assert [facts.keys_of(run) for run in runs] == [(), ("dropout → nobody, layers off",)]
     assert [sorted(run.keys) for run in runs] == [["dropout", "params"]] * 2
 
 
@@ -306,7 +306,7 @@ def test_nobody_is_told_of_the_stream_that_a_dropout_layer_holds_and_of_no_other
     session.register("net", Keeping(nnx.Rngs(**streams)))
     assert facts.keys_of(session.apply("net", an_input(), method="embed")) == ()
     runs = [session.apply("net", an_input(), mode=mode) for mode in ("train", "eval")]
-    assert [facts.keys_of(run) for run in runs] == [(f"{tag} → dropout",), (f"{tag} → nobody",)]
+    assert [facts.keys_of(run) for run in runs] == [(f"{tag} → dropout",), (f"{tag} → nobody, layers off",)]
 
 
 def test_rngs_of_the_call_split_over_a_vmap(session):

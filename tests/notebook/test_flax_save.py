@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from by_hand import bits
+from safetensors import numpy
 
 from flax_magics import _session
 
@@ -185,6 +187,42 @@ def test_a_file_and_a_file_to_save_by_itself_are_a_mistake(here):
         "FlaxMagicsError: --autosave takes its own file, and `b` stands after it.\n"
         "  write: %flax_save b\n         %flax_save --autosave a"
     )
+
+
+def test_a_file_that_is_no_session_is_not_replaced(here, tmp_path):
+    numpy.save_file({"kernel": np.ones(2)}, "net.safetensors")
+    for name, content in (
+        ("mine.py", b"x = 1\n"),
+        ("mine.pkl", b"\x80\x04N."),
+        ("net", b"{"),
+        ("net_2.safetensors", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    refused = "FlaxMagicsError: `{}` is there already, and no %flax_save wrote it.\n  write: {} {}.safetensors"
+    for option in ("", " --autosave"):
+        line = f"%flax_save{option}"
+        for name, free in (("mine.py", "mine"), ("mine.pkl", "mine"), ("net", "net_3"), ("net.safetensors", "net_3")):
+            assert here.fails(f"{line} {name}") == refused.format(name, line, free)
+        assert here.fails(f"{line} 'new file.pkl'") == (
+            "FlaxMagicsError: a session is a file with the ending .safetensors, and `new file.pkl` has another.\n"
+            f'  write: {line} "new file.safetensors"'
+        )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert here.session.autosaving is None
+    here("%flax_save -q net_2.safetensors")  # an empty file, such as `tempfile` makes: nothing is lost
+    (tmp_path / "net_2.safetensors").rename(tmp_path / "session.old")
+    here("%flax_save -q session.old")
+    assert here("%flax_load session.old").startswith("session.old · loaded · net restored · 21 parameters")
+
+
+def test_autosave_replaces_no_other_file_that_has_taken_its_place(here, tmp_path):
+    here("%flax_save -q --autosave a.safetensors")
+    (tmp_path / "a.safetensors").write_text("mine")
+    here("y = %flax_apply --train -q net(x)")
+    here.session.autosaving.flush()
+    assert here.session.autosaving.error == f"`{tmp_path}/a.safetensors` is there already, and no %flax_save wrote it."
+    assert (tmp_path / "a.safetensors").read_text() == "mine"
 
 
 def test_code_of_the_file_is_shown_and_never_run(here, tmp_path, monkeypatch):

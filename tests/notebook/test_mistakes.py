@@ -43,6 +43,64 @@ def test_nothing_registered_yet(notebook):
     )
 
 
+@pytest.mark.parametrize(
+    ("mistake", "write"),
+    [
+        ("%flax_apply Net(8)(x)", "%flaxmodel net2 = Net(8)\n         %flax_apply net2(x)"),
+        ("%%flax_apply\nNet(8)(x)", "%flaxmodel net2 = Net(8)\n         %flax_apply net2(x)"),
+        ("%flax_apply Net(x)", "%flaxmodel net2 = Net(width=…)"),
+        ("%flaxmodel Net", "%flaxmodel net2 = Net(width=…)"),
+        ("%flaxmodel Net(8)", "%flaxmodel net2 = Net(8)"),
+        ("%flax_apply jnp.sum(net(x))", "y2 = %flax_apply net(x)\n         jnp.sum(y2)"),
+    ],
+)
+def test_advice_leaves_the_names_of_models_and_data_alone(notebook, mistake, write):
+    notebook(
+        "%%flaxmodel net = Net(2)\nclass Net(nn.Module):\n  width: int\n  @nn.compact\n  def __call__(self, x):\n"
+        "    return nn.Dense(self.width)(x)"
+    )
+    notebook("y = %flax_apply -q net(x)\ndel net")  # the model is registered, under a name that is free in Python
+    assert notebook.fails(mistake).endswith(f": {write}")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("%flax_train --optimizer adam --steps 2 loss(my_model, x)",
+         "`adam` is not defined here, and optax has one.\n"
+         "  write: import optax\n         %flax_train --optimizer optax.adam(1e-3) --steps 2 loss(my_model, x)"),
+        ("%%flax_train --optimizer sgd(0.1) --steps 2\nloss(my_model, x)",
+         "`sgd` is not defined here, and optax has one.\n"
+         "  form: %%flax_train --optimizer optax.sgd(0.1) --steps 2\n        …"),
+        ("%flax_train --optimizer adamm --steps 2 loss(my_model, x)",
+         "name 'adamm' is not defined.\n  adamm\n  ^\n  no cell that was run has made it"),
+        ("%flax_train --lr 1e-3 --steps 2 loss(my_model, x)",
+         "%flax_train has no option --lr: the rate is the optimizer's, as in --optimizer optax.adam(1e-3).\n"
+         "  write: %flax_train --optimizer optax.adam(1e-3) --steps 2 loss(my_model, x)"),
+        ("%flax_train --optimizer optax.sgd(0.1) --learning_rate=0.1 --steps 2 loss(my_model, x)",
+         "%flax_train has no option --learning_rate: the rate is the optimizer's, as in --optimizer optax.adam(0.1)."),
+        ("%flax_export --file x.py", "%flax_export takes the file's name alone.\n  write: %flax_export x.py"),
+        ("%flax_save --output=a", "%flax_save takes the file's name alone.\n  write: %flax_save a"),
+        ("%flax_history 3",
+         "%flax_history takes the name of a model, and the last runs by an option.\n  write: %flax_history --last 3"),
+        ("%flax_mesh of", "`of` is no axis: did you mean off?\n  write: %flax_mesh off"),
+        ("%flax_mesh data=3",
+         "data=3 takes 3 devices, and there is 1 device (cpu:0).\n  write: %flax_mesh data=-1"),
+        ("%flax_init x",
+         "`x` is an array (float32[3,4,4]), and %flax_init takes the call of a model.\n  write: %flax_init my_model(x)"),
+        ("%flax_grad x",
+         "`x` is an array (float32[3,4,4]), and %flax_grad takes the call of a loss.\n  form: %flax_grad …(my_model, x)"),
+        ("%flax_apply --train notyet(x)",
+         "no model is called `notyet`; registered: my_model.\n  write: %flax_apply --train my_model(x)"),
+    ],
+)  # fmt: skip
+def test_what_is_written_for_another_command_or_library(sharp_bits, mistake, message):
+    sharp_bits("def loss(net, x):\n  return net(x).sum()")
+    before = state(sharp_bits)
+    assert sharp_bits.fails(mistake) == f"FlaxMagicsError: {message}"
+    assert state(sharp_bits) == before
+
+
 def test_wrong_shapes_show_the_users_frames_and_flax_own_message(sharp_bits):
     sharp_bits("%flax_apply my_model(x);")
     before = state(sharp_bits)

@@ -146,6 +146,97 @@ def test_a_name_that_stands_for_another_module_now_is_run_as_it_stands(sharp_bit
     ]
 
 
+TRAINED = """\
+import optax
+def loss(net, x):
+  return net(x).sum()
+%flax_train -q --optimizer optax.sgd(0.1) --steps 3 loss(my_model, x);"""
+DROPPED = "this edit dropped weights of my_model: trained, 3 steps"
+BACK = "%flax_vars my_model = flax_magics.session().models['my_model'].previous"
+
+
+def test_trained_weights_that_an_edit_drops_come_back_once_it_is_undone(sharp_bits):
+    sharp_bits(TRAINED)
+    kernel = sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"]
+    dropped = f"! {DROPPED}; it takes them again\n  once the edit is undone\n  form: …\n        {BACK}"
+    assert sharp_bits(MODEL.replace("self.num_neurons", "5")) == (
+        "my_model changed: Dense_0/bias [3]→[5], Dense_0/kernel [4,3]→[4,5] ·\n"
+        f"    variables dropped · next run initialises\n{dropped}"
+    )
+    sharp_bits("%flax_apply -q --train my_model(x);")  # what an init has made takes the place of none
+    assert "replaced" not in sharp_bits(MODEL)
+    assert sharp_bits(BACK).endswith("set in cell [6]")
+    assert sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"] is kernel
+    sharp_bits("my_model = MyModel(num_neurons=7, training=False)")
+    assert sharp_bits("%flax_apply -q my_model(x);").endswith(dropped.replace("trained, 3 steps", "set in cell [6]"))
+    sharp_bits("my_model = MyModel(num_neurons=3, training=False)")
+    sharp_bits(BACK)
+    assert sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"] is kernel
+
+
+def test_weights_beyond_the_limit_are_said_to_be_gone(sharp_bits):
+    sharp_bits(TRAINED)
+    sharp_bits("%config FlaxMagics.replay_bytes = 10")
+    out = sharp_bits(MODEL.replace("self.num_neurons", "5")).replace("\n  ", " ")
+    assert out.endswith(f"! {DROPPED}; they are not kept: 60 B are more than replay_bytes, 10 B")
+    sharp_bits("%config FlaxMagics.replay_bytes = 256_000_000")
+
+
+@pytest.mark.parametrize("before", ["%flax_apply -q my_model(x);", TRAINED], ids=["by the call", "by a loss"])
+def test_a_switch_that_the_call_takes_now_drops_no_variables(sharp_bits, before):
+    sharp_bits(before)
+    variables = sharp_bits.session.models["my_model"].variables
+    edited = MODEL.replace("(self, x)", "(self, x, train)").replace("not self.training", "not train")
+    assert sharp_bits(edited) == "my_model changed · variables kept"
+    sharp_bits("%flax_apply -q --train my_model(x);")
+    assert sharp_bits(MODEL) == "my_model changed · variables kept"
+    assert sharp_bits.session.models["my_model"].variables is variables
+
+
+def test_where_it_cannot_be_told_that_they_fit_it_is_said(sharp_bits):
+    sharp_bits(TRAINED)
+    edited = MODEL.replace("(self, x)", "(self, x, scale)")
+    assert sharp_bits(edited) == (
+        "my_model changed: whether its variables fit cannot be told, as the last init's\n"
+        "    call fails now (TypeError) · variables dropped · next run initialises\n"
+        f"! {DROPPED}; it takes them again, if\n  they fit, once it is initialised by a call that it takes\n"
+        f"  form: %flax_init my_model(…)\n        {BACK}"
+    )
+    sharp_bits(f"%flax_init my_model(x, 2.0);\n{BACK}")
+    assert "set in cell" in sharp_bits("%flax_apply my_model(x, 2.0);")
+
+
+def test_an_nnx_module_with_other_initial_values_takes_the_trained_ones_back(notebook):
+    cell = "%%flaxmodel\nfrom flax import nnx\nnet = nnx.Linear(4, 2, rngs=nnx.Rngs({}))"
+    notebook(cell.format(0))
+    notebook(TRAINED.replace("my_model", "net"))
+    kernel = notebook["net"].kernel[...]
+    line = BACK.replace("my_model", "net")
+    text = DROPPED.replace("my_model", "net")
+    assert notebook(cell.format(1)).endswith(f"! {text}\n  write: {line}")
+    notebook(line)
+    assert (notebook["net"].kernel[...] == kernel).all()
+    wider = notebook(cell.format(1).replace("4, 2", "4, 3"))
+    assert f"! {text.replace('trained, 3 steps', 'set in cell')}" in wider
+    assert wider.endswith(f"form: …\n        {line}")
+
+
+@pytest.mark.parametrize("line", ["%flax_apply my_model(x);", "%flax_grad loss(my_model, x);"])
+def test_a_name_that_is_no_models_any_more_is_said_once(sharp_bits, line):
+    sharp_bits("%flax_init -q my_model(x);\ndef loss(net, x):\n  return net(x).sum()")
+    said = "and this run is of the model that is registered under it: a restarted kernel has none"
+    back = "import flax_magics\nmy_model = flax_magics.session().models['my_model'].module"
+    for unbind, what in (("del my_model", "was deleted"), ("my_model = x", "is an array (float32[3,4,4]) now")):
+        sharp_bits(unbind)
+        sharp_bits(f"{line[:11].strip()} -o run {line[11:].strip()}")
+        assert [(note.text, note.advice) for note in sharp_bits["run"].notes if note.kind == "name"] == [
+            (f"`my_model` {what}, {said}", [("write: ", back)])
+        ]
+        assert said[:20] not in sharp_bits(line)
+        sharp_bits(back)
+        assert said[:20] not in sharp_bits(line)
+
+
 def test_a_mistake_on_the_line_is_told_before_anything_runs(notebook):
     assert notebook.fails("%%flaxmodel net =\nran = True") == (
         "FlaxMagicsError: `net =` needs a value.\n  form: %%flaxmodel net = …"

@@ -97,7 +97,7 @@ def test_a_sharp_bit_stands_beneath_with_the_line_that_mends_it() -> None:
     assert normal(NOTED) == exactly("""
         net · train (training=True) · cpu:0 · draw 3 of seed 0
           out   float32[3,4,3]
-          keys  dropout → nobody
+          keys  dropout → nobody, layers off
           jit   reused
           run   0.22 ms
         ! Dropout_0 is off although --train was asked: deterministic=True is fixed in
@@ -161,7 +161,7 @@ def test_a_wait_is_told_from_ten_milliseconds_and_a_tenth_of_the_run_on(timing: 
 def test_nobody_is_named_for_streams_of_the_models_own_alone() -> None:
     run = replace(REUSED, keys=keys("params", "dropout", "default", "noise"), used={"noise": ("Noise_0",)})
     assert keys_of(run) == ("noise → Noise_0",)
-    assert keys_of(replace(run, idle=("default", "params"))) == ("default → nobody", "noise → Noise_0")
+    assert keys_of(replace(run, idle=("default", "params"))) == ("default → nobody, layers off", "noise → Noise_0")
     assert keys_of(replace(run, used={})) == ()
 
 

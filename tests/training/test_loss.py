@@ -385,6 +385,13 @@ def test_a_loss_is_not_jitted():
     )
 
 
+@pytest.mark.parametrize("transform", [jax.grad, jax.value_and_grad])
+def test_a_loss_takes_no_gradients_by_itself(transform):
+    text = "`plain_loss` takes gradients by itself, and %flax_grad takes those of the loss that is in it."
+    assert refused(transform(plain_loss), BATCH) == f"{text}\n  form: %flax_grad plain_loss.__wrapped__(net, …)"
+    assert refused(getattr(nnx, transform.__name__)(plain_loss), BATCH) == text.replace("plain_loss", "grad_wrapper")
+
+
 def test_an_nnx_module_is_passed_and_not_closed_over():
     assert refused(distilled, BATCH, net=NormedMLP(nnx.Rngs(0))) == (
         "`distilled` reads `TEACHER`, an NNX module, from outside: it would be fixed in the program as it is now. The net is"

@@ -141,14 +141,28 @@ def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")
     run = session.train(loss, "net", Once(), optimizer=SGD, steps=3)
-    message = "draw 2 of seed 0 cannot be run again: what it began with was never kept."
-    with pytest.raises(FlaxMagicsError, match=message):
+    with pytest.raises(FlaxMagicsError) as raised:
         session.replay(run)
+    assert raised.value.message == (
+        "draw 2 of seed 0 cannot be run again: it began with data that give their batches once, or with more than 256 MB."
+    )
+    assert [row.marks for row in session.history()] == [(), ("no replay",)]
     with pytest.raises(FlaxMagicsError, match="has the steps 0 to 2, and no step 3") as raised:
         session.replay(run, step=3)
     assert raised.value.write == "%flax_replay --step 2 0:2"
     with pytest.raises(FlaxMagicsError, match="--step is a step of a training, and draw 1 is none"):
         session.replay(1, step=0)
+
+
+def test_a_training_that_went_on_otherwise_says_what_is_other():
+    session = session_of(Normed())
+    session.train(loss, "net", DATA, optimizer=SGD, steps=2)
+    session.train(loss, "net", {**DATA, "x": DATA["x"] + 1}, resume=True, steps=3)
+    with pytest.raises(FlaxMagicsError) as raised:
+        session.replay(1)
+    assert raised.value.message == (
+        "draw 1 of seed 0 cannot be run again: when it was resumed, it goes on with other data: ['x']."
+    )
 
 
 def test_the_keys_of_a_training_are_handed_out_as_its_first_step_had_them():
