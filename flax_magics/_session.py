@@ -317,7 +317,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         from .export import export_session
 
         # The journal has the cells of the process-wide session, not those of a user's second `Session()`.
-        cells = cells_of_notebook() if self is existing() else None
+        cells = cells_of_notebook() if self is _current else None
         return export_session(self._state.models, self.last(len(self)), cells, seed=self.seed, digests=not plain)
 
     def save(self, path: FileName) -> Saved:
@@ -420,7 +420,9 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         with entry.model.held_still:
             return self._run(state, entry, (*more, *notes), call, options)
 
-    def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Outcome | None:
+    def run_again(
+        self, name: str, call: Call, options: ApplyOptions, module: object, caller: Any = None
+    ) -> Outcome | None:
         """`run_apply` of a line whose last run left a plan; None, with nothing changed, where only that can run it."""
         state, last = self._state, self._plans.find(name, call, options)
         if last is None or (entry := state.models.get(name)) is None or (state.opened and state.opened[0] == name):
@@ -428,7 +430,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         if not (module is None or module is entry.model.module):
             return None
         with entry.model.held_still:
-            outcome = apply_again(last, state, entry, call, self.services, caller=sys._getframe())
+            outcome = apply_again(last, state, entry, call, self.services, caller=caller or sys._getframe())
         if outcome is not None:
             try:
                 self._commit(state, outcome)
@@ -463,8 +465,8 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
 
     def _commit(self, before: State, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
-        _, stored, draw, entry, opened, write, commit, committed, state, _ = outcome
-        state = before.after(stored, draw.last, entry, opened) if state is None else state
+        stored, draw, write, commit, state = outcome.stored, outcome.draw, outcome.write, outcome.commit, outcome.state
+        state = before.after(stored, draw.last, outcome.entry, outcome.opened) if state is None else state
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
@@ -477,20 +479,17 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             if write is not None:
                 write()
             at_once(assignments)
-        if committed is not None:
-            committed()
-        self._count_replaced(before, entry)
+        if outcome.committed is not None:
+            outcome.committed()
+        if outcome.entry is not None:
+            self._count_replaced(before, outcome.entry)
         self._keeping.look(stored.size)
         if self.autosaving is not None:
             self.autosaving.after(stored.facts, state)
 
 
 _current: Session | None = None
-
-
-def existing() -> Session | None:
-    """The session of this process, None if none has been made yet."""
-    return _current
+"""The session of this process, None if none has been made yet."""
 
 
 def current(seed: int = 0, *, disk_cache: bool = False, replay_bytes: int = REPLAY_BYTES) -> Session:

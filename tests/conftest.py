@@ -70,6 +70,9 @@ def optimised_little() -> None:
     """XLA compiles without its optimisations in the tests' own process, which takes half of the time."""
     import jax
 
+    from flax_magics.rng import keys
+
+    keys.PATIENCE = sys.maxsize  # nor is a program of draws to come compiled in the middle of a test that counts
     jax.config.update(OPTIMISED_LITTLE, True)
     jax.clear_caches()  # of operations that files ran when they were imported
 
@@ -229,7 +232,7 @@ class Notebook:
 
     @property
     def session(self) -> Any:
-        return _session.existing()
+        return _session._current
 
 
 @pytest.fixture

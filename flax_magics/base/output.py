@@ -136,6 +136,17 @@ def any_nan(tree: PyTree, floats: Floats) -> bool:
     return False
 
 
+def nan_in(data: bytes, dtype: np.dtype[Any]) -> bool:
+    """Whether a floating-point number of `data` is NaN."""
+    if len(data) <= 512 and dtype.char in "fd":
+        # NumPy's code is not in the processor's caches between two runs, and Python's own is.
+        numbers: Any = memoryview(data)
+        total = sum(numbers.cast(dtype.char))
+        if total == total:  # else one of them is NaN, or infinities have come together
+            return False
+    return any_nan(np.frombuffer(data, dtype), ((0, dtype),))
+
+
 def _is_inexact(leaf: Leaf) -> bool:
     """Whether a leaf is a float, a complex number or an array of these of which this process has every part."""
     if isinstance(leaf, (float, complex)):
@@ -260,6 +271,11 @@ class OutputFacts(Struct, eq=False):
             return False
         self.copy = copy
         return True
+
+    def keep(self, copy: HostArray) -> None:
+        """Keeps a copy of the output, of which the facts are computed when somebody reads them."""
+        if self.digest is None:
+            self.copy = copy
 
     def read(self) -> OutputFacts:
         """The facts, with those that were put off."""

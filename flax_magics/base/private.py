@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .types import Record
@@ -22,11 +23,6 @@ TRANSFORMS = "jax._src.interpreters."
 """Prefix of the JAX modules that call a function to trace, differentiate or map it."""
 
 
-def is_tracing() -> bool:
-    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
-    return not _is_clean()()
-
-
 @cache
 def _is_clean() -> Callable[[], bool]:
     try:
@@ -34,6 +30,11 @@ def _is_clean() -> Callable[[], bool]:
     except ImportError:
         return lambda: True  # "clean": otherwise every command would be refused
     return trace_state_clean
+
+
+def is_tracing() -> bool:
+    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
+    return not _is_clean()()
 
 
 @cache
@@ -97,8 +98,8 @@ def settings_reader(names: Sequence[str]) -> Callable[[], tuple[object, ...]]:
 
     holders = getattr(jax.config, "_value_holders", {})
     if all(hasattr(holders.get(name), "value") for name in names):
-        value, chosen = operator.attrgetter("value"), [holders[name] for name in names]
-        return lambda: tuple(map(value, chosen))
+        chosen = SimpleNamespace(**{name: holders[name] for name in names})
+        return partial(attrgetter(*(f"{name}.value" for name in names)), chosen)
     return lambda: tuple(
         [getattr(jax.config, name) if hasattr(jax.config, name) else jax.config.read(name) for name in names]
     )
@@ -205,18 +206,21 @@ def contents_of(mapping: Mapping[str, object]) -> Mapping[str, object]:
     return getattr(mapping, "_dict", getattr(mapping, "_mapping", mapping))
 
 
-def flax_globals() -> tuple[Mapping[str, object], list[object], object, list[list[object]]]:
+def flax_globals() -> tuple[Mapping[str, object], list[object], object, Sequence[list[object]]]:
     """Flax's own global state on this thread: flags, method interceptors, logical axis rules, and the `nnx_stacks`.
 
     Raises AttributeError or KeyError where a version of Flax keeps them elsewhere.
     """
-    modules = sys.modules  # no imports: NNX takes long to import, and its stacks are empty until then
-    return (
-        modules["flax.configurations"].config._values,
-        modules["flax.linen.module"]._global_interceptor_stack._storage,
-        modules["flax.core.spmd"]._axis_rules.rules,
-        [getattr(owner, name) for owner, name in nnx_stacks()] if "flax.nnx" in modules else [],
-    )
+    flags, interceptors, rules = _flax_holders()
+    # NNX takes long to import, and its stacks are empty until then.
+    return flags, interceptors._storage, rules.rules, _read_stacks()() if "flax.nnx" in sys.modules else ()
+
+
+@cache
+def _flax_holders() -> tuple[Mapping[str, object], Any, Any]:
+    modules = sys.modules
+    interceptors, rules = modules["flax.linen.module"]._global_interceptor_stack, modules["flax.core.spmd"]._axis_rules
+    return modules["flax.configurations"].config._values, interceptors, rules
 
 
 NNX_STACKS = {
@@ -237,3 +241,12 @@ def nnx_stacks() -> list[tuple[object, str]]:
     graphs = modules.get("flax.nnx.graphlib") or modules["flax.nnx.graph"]  # flax 0.11 has it there
     owners = modules["flax.nnx.variablelib"].VARIABLE_CONTEXT, graphs.GRAPH_CONTEXT
     return [(owner, name) for owner in owners for name in NNX_STACKS if hasattr(owner, name)]
+
+
+@cache
+def _read_stacks() -> Callable[[], Sequence[list[object]]]:
+    """A function without Python code that reads them, since each run does."""
+    stacks = nnx_stacks()
+    owners = SimpleNamespace(**{f"of_{name}": owner for owner, name in stacks})
+    names = [f"of_{name}.{name}" for _, name in stacks]
+    return partial(attrgetter(*names), owners) if len(names) > 1 else lambda: [getattr(*stack) for stack in stacks]

@@ -30,6 +30,8 @@ from .types import PyTree
 
 POLLED = 100e-6
 """Seconds for which a program is asked whether it is ready before the thread sleeps: as long as waking it up takes."""
+LONG = 1e-3
+"""Seconds from which on a program is not asked at all."""
 _PROCESSORS = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
 _give_way: Callable[[], object] | None = getattr(os, "sched_yield", lambda: time.sleep(0)) if _PROCESSORS == 1 else None
 """With one processor, asking would keep the program from running: in between, that has its turn."""
@@ -266,11 +268,10 @@ class Running:
     def __init__(self, result: PyTree, start: float, clock: Callable[[], float], unfinished: Unfinished) -> None:
         self.result, self._start, self._clock, self._unfinished = result, start, clock, unfinished
         self._seconds: float | None = None
-        self._one: Any = None
-        for leaf in jax.tree_util.tree_leaves(result):
-            if hasattr(leaf, "is_ready"):
-                self._one = leaf  # all results of a program are ready together, and fail together
-                break
+        # All results of a program are ready together, and fail together. The first is the model's output.
+        self._one: Any = result[0]
+        if not hasattr(self._one, "is_ready"):
+            self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
 
     def look(self) -> bool:
         """Notes the time if the device is done, and says whether it is."""
@@ -278,20 +279,24 @@ class Running:
             self._seconds = self._clock() - self._start
         return self._seconds is not None
 
-    def finish(self, sleeps: Callable[[], object]) -> float:
+    def finish(self, sleeps: Callable[[], object], expected: float = 0.0) -> float:
         """Waits for the device, and returns the seconds since the dispatch.
 
         Args:
           sleeps: called before the thread is put to sleep.
+          expected: how many they will be. Where these are many, asking would take a processor from the program.
         """
-        until = time.perf_counter() + POLLED
+        asked = 0.0 if expected > LONG else POLLED
+        until: float | None = None
         while not self.look():
-            if _give_way is not None:
-                _give_way()
-            if time.perf_counter() > until:
+            now = time.perf_counter()
+            until = now + asked if until is None else until
+            if now >= until:
                 sleeps()
                 wait_on(self.result, self._unfinished)
                 self._seconds = self._clock() - self._start
+            elif _give_way is not None:
+                _give_way()
         if self._one is not None:
             self._one.block_until_ready()  # raises the error of a program that failed
         assert self._seconds is not None

@@ -154,6 +154,12 @@ class Journal:
         self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
         self._running, self._places = ExecutedCell(None, "", self.runs()), []
 
+    def drew_again(self, run: int, names: object, caller: FrameType) -> None:
+        """`drew` of a single run, whose index is known, and the frame that called the command."""
+        frame = calling_frame(names, caller) if self._depth else None
+        if frame is not None:
+            self._places.append(Place(run, frame.f_lineno, frame.f_code.co_name))
+
     def drew(self, runs_before: int, runs: int, names: object) -> None:
         """Records where in the cell a command made its runs; called after each command.
 
@@ -162,7 +168,7 @@ class Journal:
           names: the notebook's namespace, by which its frames are recognized.
         """
         places = self._places
-        frame = calling_frame(names) if self._depth and runs > runs_before else None
+        frame = calling_frame(names, sys._getframe()) if self._depth and runs > runs_before else None
         if frame is not None:
             known = places[-1].run + 1 if places else 0  # commands inside this one have recorded theirs already
             for run in range(max(runs_before, known), runs):
@@ -245,9 +251,8 @@ def cells_of_notebook() -> NotebookCells | None:
     return None if _cells is None else _cells()
 
 
-def calling_frame(names: object) -> FrameType | None:
-    """The innermost running frame of notebook code, whose globals are `names`; None where there is none."""
-    frame: FrameType | None = sys._getframe(1)
+def calling_frame(names: object, frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of notebook code, whose globals are `names`, from `frame` outwards; None where there is none."""
     while frame is not None and frame.f_globals is not names:
         frame = frame.f_back
     return frame

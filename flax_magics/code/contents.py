@@ -71,10 +71,9 @@ class Structure:
 
     def fits(self, treedef: jax.tree_util.PyTreeDef) -> bool:
         """`self == Structure.of(treedef)`, but only a comparison of treedefs where there is no static data."""
-        # Contents that cannot be told (None) never fit: they may have changed.
-        return alike(self.treedef, treedef) and (
-            self.contents == b"" or (self.contents is not None and self.contents == _digest(static_data(treedef)))
-        )
+        if self.contents is None:  # contents that cannot be told may have changed
+            return False
+        return alike(self.treedef, treedef) and (not self.contents or self.contents == _digest(static_data(treedef)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Structure) and self.contents == other.contents and alike(self.treedef, other.treedef)

@@ -39,7 +39,7 @@ from .execute import ApplyRequest, Execution, execute, plain_errors
 from .notes import OUTDATED, outdated_own, with_notes_of_output
 from .plan_cache import LastRun
 from .record import Applied, Outcome, recipe_of, stored_init
-from .surroundings import surroundings
+from .surroundings import around
 
 LOOKED_AT = 4_000_000
 """Outputs of at most this many bytes are checked for NaN in every run; a larger one only if its report is shown."""
@@ -195,7 +195,7 @@ def apply_again(
     What is left to check, and all that the session keeps of the run, is worked out while the device runs.
 
     Args:
-      caller: the frame that calls; see `surroundings`.
+      caller: the frame that calls; see `around`.
     """
     placement = state.placement
     if last.recipe.placement is not (None if placement is None or placement.is_single else placement):
@@ -205,7 +205,7 @@ def apply_again(
     if inputs is None or program is None:
         return None
     # Checking takes some 20 µs, which are nothing to a long run; a long one that nobody wants would be much.
-    if not last.brief and (surroundings(caller) is not None or not last.holds(entry, programs)):
+    if not last.brief and (around(caller) is not None or not last.holds(entry, programs)):
         return None
     draw, wait, variables = state.root.draw(), 0.0, inputs.variables
     # Now and then the processes of a job exchange where they are: the long way begins with that.
@@ -224,8 +224,9 @@ def apply_again(
         return None
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
-        checked = not last.brief or (surroundings(caller) is None and last.holds(entry, programs, running))
-        if not checked or not last.knows_flax():
+        checked = not last.brief or (around(caller) is None and last.holds(entry, programs, running))
+        library.look()  # the first in a cell takes 0.25 ms, so the device works meanwhile
+        if not checked or library.edition != last.library:
             with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
                 running.finish(lambda: services.on_phase(f"running {entry.name}"))
             return None
@@ -254,9 +255,9 @@ def apply_again(
             repeated.changed = changed
         running.look()
         state_after = state.after(stored, draw, after, None)
-        state_after.root.draw(plan.streams)
+        state_after.root.draw(plan.folded)
         try:
-            seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
+            seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"), last.seconds)
         except Exception:
             return None
         # Another thread has written what the run would write over.
@@ -269,7 +270,8 @@ def apply_again(
         if memory is not None and memory.peak is not None:
             repeated.memory = with_peak(memory, devices_in((output, updates, sown)))
         arrays, noted = (output, (call.args, inputs.kwargs), sown), None
-        if last.has_nan(output):
+        copy, has_nan = last.look_through(output)
+        if has_nan:
             noted = with_notes_of_output(repeated.run_of(*arrays))
             stored = StoredRun(noted, origin, size, leaves)
             state_after = state.after(stored, draw, after, None)
@@ -279,7 +281,7 @@ def apply_again(
     # The reason for the next new program is found by comparing with this run.
     programs.parts[entry.name] = last.parts
     committed = partial(last.wrote, inputs, updates, seconds)
-    return Outcome(noted, stored, draw, after, None, None, commit, committed, state_after, arrays)
+    return Outcome(noted, stored, draw, after, None, None, commit, committed, state_after, arrays, copy)
 
 
 def init_model(

@@ -87,6 +87,11 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
         """Names of the streams whose keys are passed, sorted."""
         return tuple(sorted(self.body.needs.streams))
 
+    @cached_property
+    def folded(self) -> tuple[str, ...]:
+        """Those of them that the split has no key of."""
+        return tuple(name for name in self.streams if name not in SPLIT)
+
     def keys(self, draw: Draw | DrawBatch) -> dict[str, Words]:
         """The key data that the program takes, by stream."""
         return {name: draw.words(name, taken=self.taken and name == "params") for name in self.streams}

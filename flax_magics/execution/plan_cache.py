@@ -13,20 +13,20 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from operator import call as call_it
 from operator import is_
-from typing import NamedTuple
 
 import jax
+from msgspec import Struct
 
 from ..base.digest import owned_copy
 from ..base.measures import Timing
 from ..base.output import SMALL as COPIED
-from ..base.output import Floats, any_nan, floats_in, has_nan
+from ..base.output import Floats, any_nan, floats_in, has_nan, nan_in
 from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.library import library
 from ..compile.cache import KEPT, LastCall, ProgramCache, Services
-from ..compile.compiler import keep, settings
+from ..compile.compiler import keep, settings, trace_context
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of
@@ -44,14 +44,14 @@ SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 SMALL = 65_536
 """Outputs of at most this many bytes are checked for NaN by each run of a plan."""
 
-BRIEF = 0.005
+BRIEF = 0.02
 """Seconds of a run, at most, for which the next one begins before everything is checked."""
 
 WeakLeaf = Callable[[], Leaf]
 """Returns a leaf that is held by a weak reference, None once it is gone."""
 
 
-class Inputs(NamedTuple):
+class Inputs(Struct, frozen=True, eq=False):
     """The inputs of a run of a plan.
 
     Attributes:
@@ -91,7 +91,7 @@ class LastRun:
       written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
-      brief: the last run was so short that the next is dispatched before `holds` is asked.
+      seconds: of the last run; it was `brief` where the next is dispatched before `holds` is asked.
       line: what the Runs of the line have in common.
       looked_at: the output is small and on the host, so that a check for NaN takes some microseconds; `floats`: see
         `floats_in`.
@@ -114,6 +114,7 @@ class LastRun:
     numbers: bool
     looked_at: bool
     floats: Floats | None
+    seconds: float
     brief: bool
     line: RunLine = field(repr=False)
     recipe: ApplyRecipe = field(repr=False)
@@ -129,19 +130,30 @@ class LastRun:
         if programs.unfinished.wait is not None:
             return None
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
-        same = self._same(call)
-        traced = self._traced(call.args, kwargs) if same is None else (same, self.passed)
+        args, passed = call.args, self.passed
+        same = len(args) == len(self.flat) and not call.kwargs
+        # Their references come first; those of arguments that the mode adds follow.
+        for reference, leaf in zip(passed, args if same else (), strict=False):
+            # A dead reference returns None too, so an argument that is None proves nothing.
+            if leaf is None or reference() is not leaf:
+                same = False
+                break
+        if same:  # as in a loop
+            arguments = dict(zip(self.flat, args, strict=True))
+        elif (traced := self._traced(args, kwargs)) is None:
+            return None
+        else:
+            arguments, passed = traced
         try:
             variables = entry.held
         except Exception:  # the user has taken an NNX module apart, as `holds` would notice
             return None
-        if traced is None or variables is None:
+        if variables is None:
             return None
-        arguments, passed = traced
         placement = self.recipe.placement
         if placement is not None:
             arguments = placement.put(arguments, self.recipe.shardings)
-        leaves, treedef = jax.tree_util.tree_flatten(variables)
+        leaves, treedef = jax.tree_util.default_registry.flatten(variables)
         if not self.variables[0].fits(treedef):
             return None
         known = self.known
@@ -155,11 +167,13 @@ class LastRun:
                         return None
                     fresh.append(leaf)
         # Everything else was computed before the last run began.
-        pending = (fresh, arguments) if fresh or same is None or placement is not None else ()
-        return Inputs(kwargs, arguments, passed, same is not None, variables, leaves, known, fresh, pending)
+        pending = (fresh, arguments) if fresh or not same or placement is not None else ()
+        return Inputs(kwargs, arguments, passed, same, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
-        """Whether the program is the one to run: settings and the model's code are as they were; see `knows_flax`.
+        """Whether the program is the one to run: settings and the model's code are as they were.
+
+        The settings tell a function that JAX traces, too.
 
         Args:
           running: the program, if it was dispatched: it may be done before all is compared.
@@ -173,16 +187,14 @@ class LastRun:
             running.look()
         return entry.model.has_same_layout() and entry.model.cache_key() == self.key
 
-    def knows_flax(self) -> bool:
-        """Whether Flax's own code is as it was. The first look in a cell takes 0.25 ms, so the device works meanwhile."""
-        library.look()
-        return library.edition == self.library
-
-    def has_nan(self, output: PyTree) -> bool:
-        """Whether the output holds NaN, as far as that is looked at."""
+    def look_through(self, output: PyTree) -> tuple[bytes, bool]:
+        """The bytes of a small output, empty for any other; and whether it holds NaN, as far as that is looked at."""
+        if self.line.small is not None:
+            copy = memoryview(output).tobytes()
+            return copy, nan_in(copy, self.line.small[0])
         if not self.looked_at:
-            return False
-        return has_nan(output) if self.floats is None else any_nan(output, self.floats)
+            return b"", False
+        return b"", has_nan(output) if self.floats is None else any_nan(output, self.floats)
 
     def stored(
         self, inputs: Inputs, args: tuple[PyTree, ...], before: StoredRun | None
@@ -233,18 +245,7 @@ class LastRun:
             for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
                 if i is not None:
                     known[i] = _weakly(leaf)
-        self.brief, self.passed, self.known = seconds < BRIEF, inputs.passed, known
-
-    def _same(self, call: Call) -> dict[str, Leaf] | None:
-        """The traced leaves by name if all arguments are the objects of the run before, as in a loop; else None."""
-        if len(call.args) != len(self.flat) or call.kwargs:
-            return None
-        # Their references come first; those of arguments that the mode adds follow.
-        for known, leaf in zip(self.passed, call.args, strict=False):
-            # A dead reference returns None too, so an argument that is None proves nothing.
-            if leaf is None or known() is not leaf:
-                return None
-        return dict(zip(self.flat, call.args, strict=True))
+        self.seconds, self.brief, self.passed, self.known = seconds, seconds < BRIEF, inputs.passed, known
 
     def _traced(
         self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
@@ -303,6 +304,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         or applied.keys_in_call
         or bound.own_rngs
         or program.trace.structure is not None
+        or not trace_context()
         or applied.recipe.taken
     ):
         return None
@@ -357,9 +359,14 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         numbers=any(not hasattr(leaf, "dtype") for leaf in traced.values()),
         looked_at=looked_at,
         floats=floats,
+        seconds=run.timing.run,
         brief=run.timing.run < BRIEF,
         line=RunLine(
-            template, plan.key_names(program.needs), (output.dtype, output.shape) if is_small else None, run.shape
+            template,
+            plan.key_names(program.needs),
+            (output.dtype, output.shape) if is_small else None,
+            run.shape,
+            applied.recipe.record,
         ),
         recipe=applied.recipe,
     )

@@ -6,7 +6,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import jax
 from msgspec import Struct
@@ -28,13 +28,13 @@ from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import MODULE, RELEASED, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
-from ..state.runs import RepeatedRun, StoredRun
+from ..state.runs import RepeatedRun, StoredRun, length
 from ..state.state import State
 from .call import BoundCall, Call, prepare_init
 from .execute import Execution, RunVariables
 
 
-class Outcome(NamedTuple):
+class Outcome(Struct, frozen=True, eq=False):
     """What a command worked out, for the session to commit.
 
     Attributes:
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
       commit: the changes to the variables of a module that holds them itself.
       committed: called once the run is part of the session.
       state: the session's state with all of this, where it was worked out while the device ran.
-      arrays: output, inputs and sown values of a run that is not `made`.
+      arrays: output, inputs and sown values of a run that is not `made`; `copy` has the bytes of a small output.
     """
 
     made: Run | None
@@ -59,6 +59,12 @@ class Outcome(NamedTuple):
     committed: Callable[[], None] | None = None
     state: State | None = None
     arrays: tuple[PyTree, PyTree, Mapping[str, PyTree]] = (RELEASED, RELEASED, {})
+    copy: bytes = b""
+
+    @property
+    def runs(self) -> int:
+        """How many runs the session has with this one, where `state` was worked out."""
+        return 0 if self.state is None else length(self.state.runs)
 
     @property
     def repeated(self) -> RepeatedRun | None:

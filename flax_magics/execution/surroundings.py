@@ -48,12 +48,19 @@ def surroundings(frame: FrameType | None = None) -> str | None:
       frame: of the session's method that was called; None for the caller of this function.
     """
     tracing = TRACE if private.is_tracing() else None
+    found = around(sys._getframe(1) if frame is None else frame)
+    return tracing or found if found == CALLBACK else found or tracing
+
+
+def around(frame: FrameType) -> str | None:
+    """`surroundings` as far as the frames on the stack tell, from `frame` outwards."""
     # This command's own frames come first; one of the session's further out belongs to another command.
-    frame = sys._getframe(1) if frame is None else frame
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_OWN):
         frame = frame.f_back
     walk: FrameType | None = frame
-    while walk is not None:
+    tracing: str | None = None
+    # A cell's or script's own frame ends the walk: the kernel's frames below, some 50, take as long as a small run.
+    while walk is not None and walk.f_code.co_name != "<module>":
         name = walk.f_globals.get("__name__")
         if name in _COMMANDS:
             return COMMAND
@@ -62,8 +69,7 @@ def surroundings(frame: FrameType | None = None) -> str | None:
             return tracing or CALLBACK
         if role == "trace":
             tracing = TRACE
-        # A cell's or script's own frame ends the walk: the kernel's frames below, some 50, take as long as a small run.
-        walk = None if walk.f_code.co_name == "<module>" else walk.f_back
+        walk = walk.f_back
     return tracing
 
 

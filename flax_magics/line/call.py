@@ -63,16 +63,17 @@ class CallExpression(Expression):
         # Names and constants are looked up without running code: this is on the path of every run in a loop.
         if self.is_plain:
             local = user_ns if local_ns is None else local_ns
-
-            def value_of(node: ast.expr) -> PyTree:
-                if isinstance(node, ast.Constant):
-                    return node.value
-                name = node.id  # type: ignore[attr-defined]
-                return local[name] if name in local else user_ns[name]
-
+            args: list[PyTree] = []
+            kwargs: dict[str, PyTree] = {}
             try:
-                args = tuple(map(value_of, self.tree.args))
-                return args, {str(item.arg): value_of(item.value) for item in self.tree.keywords}
+                for keyword, name, value in self._plain:
+                    if name is not None:
+                        value = local[name] if name in local else user_ns[name]
+                    if keyword is None:
+                        args.append(value)
+                    else:
+                        kwargs[keyword] = value
+                return tuple(args), kwargs
             except KeyError:  # a builtin or an undefined name: running code finds the one and explains the other
                 pass
         return self._gathered(self.tree.args, user_ns, local_ns)
@@ -83,6 +84,15 @@ class CallExpression(Expression):
         named = all(item.arg is not None for item in self.tree.keywords)
         values = (*self.tree.args, *(item.value for item in self.tree.keywords))
         return named and all(isinstance(value, (ast.Name, ast.Constant)) for value in values)
+
+    @cached_property
+    def _plain(self) -> list[tuple[str | None, str | None, object]]:
+        """The arguments of a call that `is_plain`: the keyword of each, and its name or the constant."""
+        written = [
+            *((None, value) for value in self.tree.args),
+            *((item.arg, item.value) for item in self.tree.keywords),
+        ]
+        return [(keyword, getattr(value, "id", None), getattr(value, "value", None)) for keyword, value in written]
 
 
 @lru_cache(maxsize=256)

@@ -31,7 +31,7 @@ from ..line.call import (
 from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .notebook import KnownLine, ModelCall, Notebook
+from .notebook import BriefCommand, KnownLine, ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
@@ -121,18 +121,21 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
-    working = notebook.working(f"running {name}", brief=True)
+    working, caller = BriefCommand(notebook, f"running {name}"), sys._getframe(2)
     session = working.session
-    runs_before = len(session)
-    with working as live:
-        outcome = session.run_again(name, call, options, module)
+    with working:
+        outcome = session.run_again(name, call, options, module, caller)
     if outcome is None:
-        live.clear()  # a line that is left would be nobody's: the other way begins with one of its own
+        working.clear()  # a line that is left would be nobody's: the other way begins with one of its own
         return MISSED
     if out is not None:
         user_ns[out] = outcome.run
-    notebook.reporter.report_again(outcome, live, quiet=quiet)
-    notebook.journal.drew(runs_before, len(session), notebook.shell.user_global_ns)
+    if not quiet or outcome.stored.notes:
+        notebook.reporter.report_again(outcome, working.live, quiet=quiet)
+    else:
+        notebook.reporter.put_off(outcome)
+        working.clear()
+    notebook.journal.drew_again(outcome.runs - 1, notebook.shell.user_global_ns, caller)
     if session.autosaving is not None:
         notebook.tell_of_autosave()
     return None if ";" in line and displayed_quietly(notebook.shell, line) else outcome.output

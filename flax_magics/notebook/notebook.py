@@ -57,66 +57,94 @@ class ModelCall(Record):
 
 def existing() -> Session | None:
     """The session of this process, or None. Does not import JAX."""
-    module = sys.modules.get("flax_magics._session")
-    return None if module is None else module.existing()
+    return getattr(sys.modules.get("flax_magics._session"), "_current", None)
 
 
-class CommandInProgress:
-    """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
+class BriefCommand:
+    """A command at work: clears its live line if it fails, and handles interrupts.
 
-    A `brief` command has a live line only once it names a phase, since until then it takes microseconds; it trains nothing.
-    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps.
+    It has a live line only once it names a phase, since until then it takes microseconds.
     """
 
-    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool) -> None:
-        self._notebook, self._what, self._brief, self._quiet, self._guarded = notebook, what, brief, quiet, False
-        self.session, self._live = notebook.session, notebook.reporter.live()
-        # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
-        self._curve_before = None if brief else self.session.last_curve
-        self._trains = not brief
+    def __init__(self, notebook: Notebook, what: str) -> None:
+        self._notebook, self._what, self._guarded = notebook, what, False
+        self.session = notebook.session
+        self._live: Live | None = None
 
-    def __enter__(self) -> Live:
-        self._live.text = self._what
-        if not self._brief:
-            self._live.begin(self._what)
-        self.session.services.on_phase, self.session.services.on_progress = self._doing, self._progressed
+    @property
+    def live(self) -> Live:
+        """The live line."""
+        if self._live is None:
+            self._live = self._notebook.reporter.live()
+            self._live.text = self._what
+        return self._live
+
+    def __enter__(self) -> object:
+        self.session.services.on_phase = self._doing
         self._guarded = self._notebook.interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
-        self._live.text = phase
-        if self._brief:
-            self._brief = False
-            self._live.begin(phase)
+        if self._live is None:
+            self.live.begin(phase)
+        self.live.text = phase
         # XLA compiles on other threads, and this one would only wait.
         if phase.startswith("compiling "):
             self._notebook.prepare()
 
-    def _progressed(self, run: Run) -> None:
-        if not self._quiet:
-            self._live.progress = partial(self._notebook.reporter.progress, run)
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         interrupt = self._notebook.interrupts.end(error) if self._guarded else None
-        self._live.end()
-        steps = 0
-        if error is not None or interrupt is not None:
-            steps = self._show_finished_steps()
+        if self._live is not None:
+            self._live.end()
+        if error is None and interrupt is None:
+            return
+        steps = self._show_finished_steps()
         remaining = f"kept: its {plural(steps, 'finished step')}" if steps else ""
         if isinstance(error, KeyboardInterrupt):
-            stopped(error, self._live.text, remaining)
+            stopped(error, self.live.text, remaining)
         if interrupt is not None:
-            stopped(interrupt, self._live.text if error is not None else None, remaining)
+            stopped(interrupt, self.live.text if error is not None else None, remaining)
             raise interrupt from None
+
+    def clear(self) -> None:
+        """Blanks the live line, if there is one."""
+        if self._live is not None:
+            self._live.clear()
 
     def _show_finished_steps(self) -> int:
         """Shows what a training that failed has done, and says how many steps; clears the line of any other command."""
-        curve = self.session.last_curve if self._trains else None
+        self.clear()
+        return 0
+
+
+class CommandInProgress(BriefCommand):
+    """A command at work, with a live line from its beginning on.
+
+    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps.
+    """
+
+    def __init__(self, notebook: Notebook, what: str, *, quiet: bool) -> None:
+        super().__init__(notebook, what)
+        self._quiet = quiet
+        # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
+        self._curve_before = self.session.last_curve
+
+    def __enter__(self) -> Live:
+        self.live.begin(self._what)
+        self.session.services.on_progress = self._progressed
+        super().__enter__()
+        return self.live
+
+    def _progressed(self, run: Run) -> None:
+        if not self._quiet:
+            self.live.progress = partial(self._notebook.reporter.progress, run)
+
+    def _show_finished_steps(self) -> int:
+        curve = self.session.last_curve
         if curve is None or curve is self._curve_before:
-            self._live.clear()
-            return 0
+            return super()._show_finished_steps()
         (run,) = self.session.last(1)
-        self._notebook.reporter.report(run, self._live, quiet=self._quiet)
+        self._notebook.reporter.report(run, self.live, quiet=self._quiet)
         return run.steps
 
 
@@ -132,7 +160,8 @@ class Notebook:
             lambda: (session := existing()) is None or session.speaks,
         )
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
-        self.interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
+        around = CommandInProgress.__enter__, BriefCommand.__enter__, BriefCommand.__exit__
+        self.interrupts = InterruptGuard(*(method.__code__ for method in around))
         self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
@@ -243,9 +272,9 @@ class Notebook:
         in_kernel = getattr(self.shell, "kernel", None) is not None
         return width() if in_kernel or on_terminal(self.shell) else 0
 
-    def working(self, what: str, *, brief: bool = False, quiet: bool = False) -> CommandInProgress:
+    def working(self, what: str, *, quiet: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self, what, brief=brief, quiet=quiet)
+        return CommandInProgress(self, what, quiet=quiet)
 
     def prepare(self) -> None:
         """Loads what showing a run takes, while XLA compiles on other threads: the templates, unless no HTML is shown."""

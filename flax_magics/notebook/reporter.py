@@ -116,13 +116,13 @@ class Reporter:
     def _unsaid(self, notes: Iterable[Note]) -> tuple[Note, ...]:
         return tuple(note for note in notes if (note.kind, note.text) not in self._said)
 
-    def _put_off(self, outcome: Outcome) -> None:
-        """`_read_later` of a run that ran before. A small output, looked through already, is copied for that."""
+    def put_off(self, outcome: Outcome) -> None:
+        """`_read_later` of a run of a line that ran before. A small output, looked through already, is copied for that."""
         if self._later_runs < LATER_RUNS and self._later_bytes < LATER_BYTES:
-            repeated = outcome.repeated
-            size = 0 if repeated is None else len(repeated.copy(outcome.output))
-            if size:
-                self._later_runs, self._later_bytes = self._later_runs + 1, self._later_bytes + size
+            repeated, copy = outcome.repeated, outcome.copy
+            if repeated is not None and copy:
+                repeated.keep(copy)
+                self._later_runs, self._later_bytes = self._later_runs + 1, self._later_bytes + len(copy)
             else:
                 self._read_later(outcome.run)
 
@@ -161,19 +161,20 @@ class Reporter:
             publish(self._shell, bundle)
 
     def report_again(self, outcome: Outcome, live: Live, *, quiet: bool) -> None:
-        """`report` of a run of a line that ran before."""
+        """`report` of a run of a line that ran before, and that has something to show."""
         repeated, counted, loop = outcome.repeated, self._counted, self._loop
-        if (quiet and not outcome.stored.notes) or not self._speaks():
-            self._put_off(outcome)
+        if not self._speaks():
+            self.put_off(outcome)
         elif quiet or repeated is None or counted is None or loop is None or not repeated.is_like(counted):
             is_counted = self.report(outcome.run, live, quiet=quiet)
             self._counted = repeated if is_counted else None
         elif self._rows is None:  # on a terminal
             loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
-            self._put_off(outcome)
+            self.put_off(outcome)
         else:
             loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
-            self._rows.add_again(partial(repeated.recorded, repeated.copy(outcome.output)))
+            repeated.keep(outcome.copy)
+            self._rows.add_again(partial(repeated.recorded, outcome.copy))
             self._refresh(loop, live)
         live.clear()
 

@@ -111,7 +111,7 @@ def _following(shell: Any) -> tuple[str, int | None, Any]:
 
     Returns its name, its argument, and what that stands for; the name is empty if no cell is running.
     """
-    frame = calling_frame(shell.user_global_ns)
+    frame = calling_frame(shell.user_global_ns, sys._getframe())
     if frame is None:
         return "", None, None
     # There is always one: a call is never the last instruction.

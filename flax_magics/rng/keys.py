@@ -17,6 +17,7 @@ by i both are the hash of the counter (0, i). In a program the split would be co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, lru_cache, partial
@@ -27,6 +28,7 @@ import numpy as np
 from msgspec import Struct
 
 from ..base.digest import data_of, words
+from ..base.threads import Workers
 from ..base.types import Record
 from ..errors import FlaxMagicsError
 
@@ -109,7 +111,7 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     def words(self, name: str, *, taken: bool = False) -> Words:
         """The key data of stream `name` as uint32 of shape (2,), or wider for other implementations than threefry."""
-        return _words(self.data(name, taken=taken))
+        return np.frombuffer(self.data(name, taken=taken), np.uint32)
 
     def data(self, name: str, *, taken: bool = False) -> bytes:
         """The key data of stream `name` as bytes; for threefry no device array is made."""
@@ -256,22 +258,22 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """The typed key, shape (), that the next draw splits."""
         return as_key(self.data, self.impl)
 
-    def draw(self, streams: Iterable[str] = ()) -> Draw:
+    def draw(self, folded: Sequence[str] = ()) -> Draw:
         """The next draw. The root does not advance until `after`, so a failed run's draw is drawn again.
 
         Args:
-          streams: their keys are worked out now, where that can be done on the host, so that they are there when the
-            draw is asked for once more; all others are when they are asked for.
+          folded: streams other than those of the split, whose keys are worked out now, where that can be done on the
+            host, so that they are there when the draw is asked for once more; all others are when they are asked for.
         """
-        on_host = is_on_host(self.impl)
-        draw: Draw | None = self.__dict__.get("_draw") if on_host else None
+        if not is_on_host(self.impl):
+            return Draw(self.seed, self.draws + 1, self.data, self.impl)
+        held = self.__dict__
+        draw: Draw | None = held.get("_draw")
         if draw is None:
             draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
-            if on_host:
-                folded = [name for name in streams if name not in SPLIT]
-                data = threefry(self.data, (0, 1, 2, *map(stream_tag, folded)))
-                draw.__dict__.update(_split=data[:3], _folded=dict(zip(folded, data[3:], strict=True)))
-                self.__dict__["_draw"] = draw
+            data = splits.of(self.data, tuple(map(stream_tag, folded)))
+            draw.__dict__.update(_split=data[:3], _folded=dict(zip(folded, data[3:], strict=True)))
+            held["_draw"] = draw
         return draw
 
     def after(self, draw: Draw) -> RootKey:
@@ -322,7 +324,9 @@ def short_key(key: jax.Array) -> str:
 
 THREEFRY = "threefry2x32"
 _MASK = 0xFFFFFFFF
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_SHIFTS = ((19, 17, 6, 26), (15, 3, 16, 8))
+"""32 less each of the rotations, of even and of odd groups of rounds."""
+_TWICE = 1 << 32 | 1
 _KNOWN = (0, 13)
 """The first JAX version for which the host's threefry was not tried; from it on, one comparison decides."""
 
@@ -349,13 +353,96 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
     x = schedule[0]
     y = (packed + schedule[1]) & mask
     for i in range(5):
-        for rotation in _ROTATIONS[i % 2]:
-            x += y
-            y = ((y << rotation | y >> 32 - rotation) ^ x) & mask
+        # `y` twice in each lane, moved by as much as the rotation lacks of 32.
+        a, b, c, d = _SHIFTS[i % 2]
+        x += y
+        y = (y * _TWICE >> a ^ x) & mask
+        x += y
+        y = (y * _TWICE >> b ^ x) & mask
+        x += y
+        y = (y * _TWICE >> c ^ x) & mask
+        x += y
+        y = (y * _TWICE >> d ^ x) & mask
         x += schedule[(i + 1) % 3]
         y = (y + schedule[(i + 2) % 3] + (i + 1) * ones) & mask
     data = (x & mask | y << 32).to_bytes(8 * n, "little")
     return [data[i : i + 8] for i in range(0, 8 * n, 8)]
+
+
+AHEAD = 64
+"""How many draws a program works out, in the time that the host takes for one or two."""
+PATIENCE = 1000
+"""After how many draws that program is made, which takes as long as some thousands of them."""
+
+
+class Splits:
+    """Splits of roots: one by one on the host, and in a long session by a program that works out those to come as well.
+
+    Each follows from its root alone. So what was worked out ahead counts for nothing until a draw has that root.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._program: Callable[..., jax.Array] | None = None
+        # The tag of a stream, and by root the three keys of the split and the key of that stream.
+        self._ahead: tuple[int, dict[bytes, bytes]] = 0, {}
+
+    def of(self, root: bytes, tags: tuple[int, ...] = ()) -> list[bytes]:
+        """Key data of the three keys that `root` splits into, then of the streams with these tags; see `is_on_host`."""
+        if self._program is not None and len(tags) < 2:
+            known, ahead = self._ahead
+            tag = tags[0] if tags else known
+            data = ahead.get(root) if tag == known else None
+            if data is None:
+                data = self._work_out(root, tag)
+            if data is not None:
+                return [data[i : i + 8] for i in range(0, 24 + 8 * len(tags), 8)]
+        self._asked += 1
+        if self._asked == PATIENCE:
+            Workers(1).submit(self.prepare)
+        return threefry(root, (0, 1, 2, *tags))
+
+    def prepare(self) -> None:
+        """Compiles the program, for a CPU, whatever else the session runs on."""
+        root, counters = (jax.ShapeDtypeStruct((n,), np.uint32) for n in (2, 4))
+        # Where it cannot be made, such as without a CPU to compile for, the host goes on one by one.
+        with contextlib.suppress(Exception), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            self._program = jax.jit(_splits_ahead).lower(root, counters).compile()
+
+    def _work_out(self, root: bytes, tag: int) -> bytes | None:
+        assert self._program is not None
+        try:
+            counters = np.array((0, 1, 2, tag), np.uint32)
+            block = np.asarray(self._program(np.frombuffer(root, np.uint32), counters)).tobytes()
+        except Exception:  # a setting of the user's, such as a guard of transfers
+            self._program = None
+            return None
+        rows = [block[i : i + 32] for i in range(0, 32 * AHEAD, 32)]
+        self._ahead = tag, dict(zip([root, *(row[:8] for row in rows)], rows, strict=False))
+        return rows[0]
+
+
+def _splits_ahead(root: jax.Array, counters: jax.Array) -> jax.Array:
+    """`threefry` of `root`, of the first key that this gives, and so on; uint32 of shape (AHEAD, number of counters, 2)."""
+
+    def split(root: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        first, second = root
+        schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+        x, y = jax.numpy.broadcast_to(first, counters.shape), counters + second
+        for i in range(5):
+            for shift in _SHIFTS[i % 2]:
+                x = x + y
+                y = (y << np.uint32(32 - shift) | y >> np.uint32(shift)) ^ x
+            x = x + schedule[(i + 1) % 3]
+            y = y + schedule[(i + 2) % 3] + np.uint32(i + 1)
+        keys = jax.numpy.stack([x, y], axis=1)
+        return keys[0], keys
+
+    return jax.lax.scan(split, root, None, length=AHEAD)[1]
+
+
+splits = Splits()
+"""Those of this process."""
 
 
 @lru_cache(maxsize=64)

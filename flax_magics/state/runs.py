@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from ..base.digest import all_words, describe, digest_of, is_gone, owned_copy
 from ..base.measures import Memory, Timing
 from ..base.output import OutputFacts, sample_of
-from ..base.types import Leaf, PyTree
+from ..base.types import HostArray, Leaf, PyTree
 from ..models.base import CallTrace
 from ..rng.keys import Draw, RunKeys
 from ..run import COMMANDS, RELEASED, Cause, Note, Run
@@ -95,10 +95,6 @@ class StoredRun:
         """`Run.notes`."""
         return self.facts.notes
 
-    def copy(self, output: PyTree) -> bytes:
-        """Only of a `RepeatedRun` the output can be copied."""
-        return b""
-
     def run(self) -> Run:
         """The run. A field of which an array is gone is `RELEASED` as a whole."""
         with _making:
@@ -156,6 +152,8 @@ class RunLine(NamedTuple):
     """dtype and shape of the output, where it is one small array that each run looks through for NaN; else None."""
     shape: str
     """`Run.shape`."""
+    record: CallTrace
+    """`StoredRun.record`."""
 
 
 class RepeatedRun(StoredRun):
@@ -192,7 +190,7 @@ class RepeatedRun(StoredRun):
         self._output = _weakly(output)
         self._sown = _weakly(dict(sown)) if sown else None
         self.replays, self.size = (0, False), size
-        self.origin, self.inputs, self.record = origin, inputs, origin.record
+        self.origin, self.inputs, self.record = origin, inputs, line.record
         self.times: tuple[float, float] = (0.0, 0.0)
         self.changed: Mapping[str, int] = _UNCHANGED
         self.memory: Memory | None = line.template.memory
@@ -216,9 +214,8 @@ class RepeatedRun(StoredRun):
         draw, started, cell, source = self._drawn
         seconds, wait = self.times
         facts = OutputFacts(shape=self._line.shape)
-        if self._copy is not None and self._line.small is not None:
-            dtype, shape = self._line.small
-            facts.copy = np.frombuffer(self._copy, dtype).reshape(shape)
+        if self._copy is not None:
+            facts.copy = self._read(self._copy)
             self._copy = None  # which goes once the facts are read
         return replace(
             self._line.template,
@@ -250,12 +247,11 @@ class RepeatedRun(StoredRun):
         """`run.recorded` of this run.
 
         Args:
-          copy: of its output, as `copy` gave it.
+          copy: the bytes of its output.
           like: what `recorded` gave for a run that it `is_like`.
           keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
         """
-        assert self._line.small is not None
-        output = np.frombuffer(copy, self._line.small[0]).reshape(self._line.small[1])
+        output = self._read(copy)
         keys = all_words(RunKeys(self._drawn[0], self._line.key_names))
         news = {"draw": self.draw, "started": self._drawn[1], "keys": keys, "digest": digest_of(output)}
         if not keeps:
@@ -271,17 +267,18 @@ class RepeatedRun(StoredRun):
                 self._run = weakref.ref(run)
             return run
 
-    def copy(self, output: PyTree) -> bytes:
-        """Copies a small output, of which the digest is taken when somebody asks. Returns the copy, empty for any other."""
-        if self._line.small is None:
-            return b""
-        copy = np.frombuffer(output, self._line.small[0]).tobytes()
+    def keep(self, copy: bytes) -> None:
+        """Keeps the bytes of a small output, of which the digest is taken when somebody asks."""
         with _making:
             if self._facts is None:
                 self._copy = copy
             else:  # somebody has read them already, such as another thread that saves
-                self._facts._taken.put_off(output)
-        return copy
+                self._facts._taken.keep(self._read(copy))
+
+    def _read(self, copy: bytes) -> HostArray:
+        assert self._line.small is not None
+        dtype, shape = self._line.small
+        return np.frombuffer(copy, dtype).reshape(shape)
 
 
 _UNCHANGED: dict[str, int] = {}
@@ -332,7 +329,7 @@ class RunLog(Struct, frozen=True):
     @staticmethod
     def add(chain: RunLog | None, stored: StoredRun) -> RunLog:
         """Returns `chain` with one more run in front; `chain` itself stays as it is."""
-        return RunLog(stored, chain, length(chain) + 1)
+        return RunLog(stored, chain, 1 if chain is None else chain.length + 1)
 
 
 def with_newer(chain: RunLog | None, before: StoredRun, after: StoredRun) -> RunLog:

@@ -171,11 +171,11 @@ def grad_model(
     outcome = record.Outcome(run, stored, draw, after, committed=partial(services.seen.went_into, draw, keys.values()))
     if execution.variables.moved and not anew:
         values, module = execution.variables.values, after.nnx.model
-        return outcome._replace(write=lambda: module.assign(values))
+        return replace(outcome, write=lambda: module.assign(values))
     if not anew:
         return outcome
     users_model, new_model = users_entry.nnx.model, entry.nnx.model
-    return outcome._replace(entry=replace(after, model=users_model), write=lambda: users_model.become(new_model))
+    return replace(outcome, entry=replace(after, model=users_model), write=lambda: users_model.become(new_model))
 
 
 def _with_variables(argument: PyTree, others: Iterable[ModelEntry]) -> PyTree:

@@ -158,10 +158,10 @@ class Computing:
     """An array that a device computes: it is ready when it was asked for the `asked`th time, or when it is waited for."""
 
     def __init__(self, asked: int, error: Exception | None = None) -> None:
-        self.asked, self.error, self.waits = asked, error, 0
+        self.asked, self.error, self.waits, self.looks = asked, error, 0, 0
 
     def is_ready(self) -> bool:
-        self.asked -= 1
+        self.asked, self.looks = self.asked - 1, self.looks + 1
         return self.asked <= 0
 
     def block_until_ready(self) -> None:
@@ -172,7 +172,7 @@ class Computing:
 
 def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypatch):
     clock, unfinished, slept = Ticks(), Unfinished(), []
-    running = Running(Computing(2), 0.0, clock, unfinished)
+    running = Running((Computing(2), {}), 0.0, clock, unfinished)
     assert [running.look(), running.look()] == [False, True]
     clock.now += 40.0
     assert running.finish(lambda: slept.append(1)) == 1.0
@@ -180,8 +180,14 @@ def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypa
 
     monkeypatch.setattr(threads, "POLLED", 0.0)
     array = Computing(10)
-    assert Running(array, 0.0, Ticks(), unfinished).finish(lambda: slept.append(1)) == 1.0
+    assert Running((array, {}), 0.0, Ticks(), unfinished).finish(lambda: slept.append(1)) == 1.0
     assert (slept, array.waits > 0, unfinished.wait) == ([1], True, None)
+
+
+def test_a_program_that_takes_long_is_not_asked_again_and_again():
+    array = Computing(10)
+    assert Running((array, {}), 0.0, Ticks(), Unfinished()).finish(lambda: None, threads.LONG * 2) == 1.0
+    assert (array.looks, array.waits > 0) == (1, True)
 
 
 def test_the_time_of_a_program_begins_at_its_dispatch():
@@ -191,7 +197,7 @@ def test_the_time_of_a_program_begins_at_its_dispatch():
     def executable(*arguments: Any) -> Any:
         assert clock.now == 1.0  # the clock was looked at just before
         clock.now += 5.0
-        return computing
+        return computing, {}
 
     running = cache.begin(SimpleNamespace(executable=executable), {}, {}, {})
     clock.now += 10.0
@@ -202,7 +208,7 @@ def test_the_time_of_a_program_begins_at_its_dispatch():
 
 def test_a_program_that_failed_is_no_result_although_it_is_ready():
     with pytest.raises(RuntimeError, match="on the device"):
-        Running(Computing(0, RuntimeError("on the device")), 0.0, Ticks(), Unfinished()).finish(print)
+        Running((Computing(0, RuntimeError("on the device")), {}), 0.0, Ticks(), Unfinished()).finish(print)
 
 
 def test_the_next_run_waits_before_its_clock_starts_and_says_so():

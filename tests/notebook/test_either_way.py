@@ -168,7 +168,7 @@ def names(user_ns: dict[str, Any]) -> dict[str, Any]:
 
 def session() -> dict[str, Any]:
     """The root key, the models, and their variables."""
-    there = _session.existing()
+    there = _session._current
     if there is None:
         return {}
     models = [(name, bits(one.variables), dict(one.updates), one.weights) for name, one in there.models.items()]

@@ -45,7 +45,7 @@ def here(notebook, tmp_path, monkeypatch):
     notebook(NET.format(3))
     notebook("for _ in range(2):\n  y = %flax_apply --train -q net(x)")
     yield notebook
-    session = _session.existing()
+    session = _session._current
     if session is not None:
         session.autosave(None)
 

@@ -144,6 +144,7 @@ def test_a_live_line_of_a_run_that_came_to_nothing_is_blank(known, monkeypatch):
     live = known.shell.find_line_magic("flax_apply").__self__.notebook.reporter.live()
 
     def shows_a_line(*args: Any) -> bool:
+        known.session.services.on_phase("waiting")
         live.display_id = "shown"
         return False
 

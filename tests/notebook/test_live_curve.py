@@ -42,7 +42,7 @@ class Training:
 
     def __call__(self, *, quiet: bool = False) -> CommandInProgress:
         self.quiet = quiet
-        return CommandInProgress(self, "training net", brief=False, quiet=quiet)  # type: ignore[arg-type]
+        return CommandInProgress(self, "training net", quiet=quiet)  # type: ignore[arg-type]
 
     def prepare(self) -> None:
         pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -44,6 +46,43 @@ def test_params_that_an_init_took_come_from_a_key_of_their_own():
     own = draw.stream("params", taken=True)
     assert bits(own) == bits(jax.random.fold_in(jax.random.key(0), np.uint32(stream_tag("params"))))
     assert data_of(own) != data_of(draw.stream("params"))
+
+
+def test_draws_that_a_program_works_out_ahead_are_those_of_the_host(monkeypatch):
+    splits = keys.Splits()
+    splits.prepare()
+    worked_out: list[bytes] = []
+    work_out = splits._work_out
+    monkeypatch.setattr(splits, "_work_out", lambda root, tag: worked_out.append(root) or work_out(root, tag))
+    monkeypatch.setattr(keys, "splits", splits)
+    for seed, streams in ((5, ["noise"]), (6, []), (5, ["noise", "other"]), (5, ["other"])):
+        root, root_key = RootKey.from_seed(seed), jax.random.key(seed)
+        for _ in range(keys.AHEAD + 2):
+            draw = root.draw(streams)
+            by_hand = {name: jax.random.fold_in(root_key, np.uint32(stream_tag(name))) for name in ("noise", "other")}
+            root_key, by_hand["params"], by_hand["dropout"] = jax.random.split(root_key, 3)
+            assert [draw.data(name) for name in by_hand] == [data_of(key) for key in by_hand.values()]
+            root = root.after(draw)
+        assert root.data == data_of(root_key)
+    # Of two further streams the host works out each draw.
+    assert len(worked_out) == 3 * 2
+
+
+def test_the_program_is_made_once_a_session_was_long_and_not_used_where_it_fails(monkeypatch):
+    made: list[object] = []
+    splits = keys.Splits()
+    monkeypatch.setattr(keys.Splits, "prepare", lambda self: made.append(self))
+    monkeypatch.setattr(keys, "PATIENCE", 3)
+    root = RootKey.from_seed(0)
+    by_hand = keys.threefry(root.data, (0, 1, 2))
+    for count in (0, 0, 1, 1):
+        assert splits.of(root.data) == by_hand
+        for thread in [thread for thread in threading.enumerate() if thread.name == "flax_magics compile"]:
+            thread.join()
+        assert made == [splits] * count
+    splits._program = lambda *_: 1 / 0  # type: ignore[assignment, return-value]
+    assert splits.of(root.data) == by_hand
+    assert splits._program is None
 
 
 def test_drawing_does_not_move_the_root():

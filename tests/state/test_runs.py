@@ -132,7 +132,8 @@ def test_a_run_that_was_made_later_is_that_of_the_session_while_somebody_holds_i
 
 def test_the_copy_of_a_small_output_is_there_until_the_facts_are_read(session):
     outcome = again(session, jnp.float32(3))
-    repeated, copied = outcome.repeated, outcome.repeated.copy(outcome.output)
+    repeated, copied = outcome.repeated, outcome.copy
+    repeated.keep(copied)
     del outcome
     assert copied == np.float32(1.5).tobytes()
     assert (session.runs[-1].output, session.runs[-1].digest) == (RELEASED, digest_of(np.float32(1.5)))
