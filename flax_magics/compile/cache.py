@@ -23,29 +23,24 @@ from ..base.private import hide_frames
 from ..base.processes import DEADLINE
 from ..base.threads import Future, Running, Unfinished, elsewhere, smallest, wait_for, wait_on
 from ..base.types import PyTree
-from ..code.contents import Structure, Unknown
-from ..code.fingerprint import fingerprint
+from ..code.contents import Structure
 from ..code.inventory import Inventory
-from ..code.library import library
 from ..models.base import CallTrace, ForeignOutput, Needs, Variables
-from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
 from ..run import Cause, Run
-from .compiler import (
-    Compiled,
-    Compiler,
-    Executable,
-    Units,
-    devices_of,
-    digest_of,
-    hashable,
-    jax_settings,
-    keep,
-    program_key,
-    settings,
-)
-from .jaxpr import identity
+from .compiler import Compiled, Compiler, Units, keep
+from .disk_cache import devices_of
 from .limits import memory_of
+from .program_keys import (
+    Executable,
+    call_key,
+    digest_of,
+    equations_key,
+    jax_settings,
+    looks,
+    placed,
+    program_key,
+)
 from .trace import PROGRAM_FILE, Traced, TracedCall, TraceRequest, trace_call
 
 FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
@@ -249,7 +244,7 @@ class ProgramCache:
         if call.trace.foreign:
             raise ForeignOutput(call.trace.foreign)
         assert start is not None
-        equations = _equations(traced, request)
+        equations = equations_key(traced, request)
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
         text_key, trees = self.by_equations.get(equations, (None, None))
         executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
@@ -403,43 +398,6 @@ class Services(Struct, eq=False):
     seen: SeenKeys
     on_progress: Callable[[Run], None] = lambda run: None
     deadline: float = DEADLINE
-
-
-def call_key(request: TraceRequest) -> Hashable | None:
-    """A key under which a call's program is cached: equal keys mean that tracing gives the same program.
-
-    None where that cannot be told, as for a model that has no fingerprint.
-    """
-    arguments = request.arguments
-    model, static = request.model.cache_key(), fingerprint(arguments.static)
-    treedef = jax.tree_util.tree_structure(request.variables)
-    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
-    state = settings()
-    # A part that cannot be told now may be another at the next call without anyone noticing.
-    if None in (model, static, passed.contents, variables.contents) or any(isinstance(s, Unknown) for s in state[1]):
-        return None
-    trees = (passed, arguments.traced, variables)
-    return hashable((*looks(request), *trees, model, static, state, library.edition))
-
-
-def looks(request: TraceRequest) -> tuple[object, ...]:
-    """What can be told of a call in any process: names, options, types. Calls of two editions of a model may look alike."""
-    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed, request.placement)
-    draw, leaves = (request.draw.impl, request.draw.size), jax.tree_util.tree_leaves(request.variables)
-    return *call, *draw, tuple(map(signature_of, request.arguments.dynamic.values())), tuple(map(signature_of, leaves))
-
-
-def _equations(traced: Traced, request: TraceRequest) -> Hashable | None:
-    """A key of a traced program, equal only if lowering gives the same program; None where that cannot be told."""
-    equations = identity(traced.jaxpr)
-    trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
-    return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
-
-
-def placed(request: TraceRequest) -> tuple[object, ...]:
-    """Sharding of each input that the user placed (committed), None for others: it decides where the program runs."""
-    leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
-    return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
 
 class LeafSpec(Struct, frozen=True):

@@ -16,7 +16,7 @@ from ..base.measures import Cost, Limits, Memory, default_device, name_devices
 from ..base.text import bytes_
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
-from .compiler import Executable, jax_settings
+from .program_keys import Executable, jax_settings
 
 
 def is_out_of_memory(error: BaseException) -> bool:

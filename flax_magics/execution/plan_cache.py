@@ -26,7 +26,8 @@ from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.library import library
 from ..compile.cache import KEPT, LastCall, ProgramCache, Services
-from ..compile.compiler import keep, settings, trace_context
+from ..compile.compiler import keep
+from ..compile.program_keys import settings, trace_context
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of

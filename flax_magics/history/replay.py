@@ -23,8 +23,8 @@ from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
-from ..compile.compiler import settings
 from ..compile.placement import Placement, agree
+from ..compile.program_keys import settings
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
@@ -289,7 +289,7 @@ SETTINGS = (
     "JAX is set otherwise than it was: its precision, its devices or the like",
     "Flax is set otherwise than it was: its flags, its interceptors or the like",
 )
-"""Remarks for JAX settings and for Flax settings that changed since, in the order of `compiler.settings`."""
+"""Remarks for JAX settings and for Flax settings that changed since, in the order of `program_keys.settings`."""
 
 
 def _of_data(facts: Run) -> tuple[str, ...]:

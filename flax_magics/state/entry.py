@@ -278,7 +278,7 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
       entry: the model as it was, without variables; its `model` is a `ModelRecord` where it would hold some.
       options: without the variables of `--variables`, which are among those that the run had.
       taken: the draw's `params` key had gone into variables.
-      settings: JAX's and Flax's at the time, see `compiler.settings`.
+      settings: JAX's and Flax's at the time, see `program_keys.settings`.
       key: `Model.cache_key` at the time, None where programs cannot be told apart.
       program: a weak reference to the program, which lives as long as the session keeps it; None if it has no key.
       names: names of the input leaves for the program, None for each that is static.

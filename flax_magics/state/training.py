@@ -30,7 +30,7 @@ class CodeDigests(Struct, frozen=True):
     Attributes:
       loss, net: with all that they read.
       optimizer: with its numbers and schedules.
-      settings: those of JAX and Flax, see `compiler.settings`.
+      settings: those of JAX and Flax, see `program_keys.settings`.
     """
 
     loss: bytes | None

@@ -16,17 +16,13 @@ import numpy as np
 
 from ..base.curve import Curve, Evaluation
 from ..base.digest import bytes_of
-from ..base.processes import OFTEN
-from ..base.threads import Future, Interrupts, OneByOne, Unfinished, smallest
+from ..base.threads import Future, Interrupts, Unfinished, smallest
 from ..base.types import HostArray, Leaf
-from ..compile.cache import Services
-from ..compile.placement import Placement, agree
-from ..errors import FlaxMagicsError
 from ..models.base import Variables
-from ..rng.keys import Draw
 from .data import Batch, Data
 from .group import Groups, StepProgram
 from .step import StepResult, TrainState
+from .together import Together
 
 AHEAD = 2
 """How many steps the device is given ahead of what is known to be finished, at least."""
@@ -149,50 +145,6 @@ class Schedule:
             return step == self.steps or step in {round(self.steps * n / 10) for n in range(1, 10)}
         by_count = self._counted and self.per_epoch is not None and step % self.per_epoch == 0
         return by_count or step in self._ends
-
-
-class Together:
-    """The processes of a job that do the steps of a training together.
-
-    Args:
-      text: the call, for messages.
-
-    Attributes:
-      beside: where steps are dispatched, so that this thread can leave one for which another process never comes.
-    """
-
-    def __init__(self, placement: Placement, services: Services, draw: Draw, text: str) -> None:
-        assert placement.processes is not None
-        self._processes, self._placement, self.beside = placement.processes, placement, OneByOne()
-        self._services, self._draw, self._text = services, draw, text
-
-    def agree(self, step: int, batch: Batch) -> None:
-        """Now and then, raises unless all of them are about to do that step with the same batch."""
-        if step % OFTEN == 0:
-            what = f"step {step} of {self._text}"
-            agree(self._services, self._placement, self._draw, what, tree=(batch.rows, batch.tree))
-
-    @property
-    def seconds(self) -> float:
-        """How long the others are waited for."""
-        return self._services.deadline
-
-    def check(self) -> None:
-        """Raises where one of them has stopped."""
-        self._processes.check_stopped(self._text)
-
-    def stop(self, steps: int, error: BaseException | None) -> tuple[int, int]:
-        """Tells the others that this one stops after so many steps; gives the fewest and the most that any has begun."""
-        why = ""
-        if error is not None:
-            why = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-            why = str(error).partition("\n")[0].rstrip(".") if isinstance(error, FlaxMagicsError) else why
-        of_all = self._processes.stop(steps, why, self._text, self._services) or [steps]
-        return min(of_all), max(of_all)
-
-    def why_failed(self) -> FlaxMagicsError | None:
-        """The error for a step that failed because one of them has ended."""
-        return self._processes.why_failed(self._text)
 
 
 class TrainingLoop:

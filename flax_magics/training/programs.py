@@ -14,9 +14,10 @@ from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.fingerprint import fingerprint
-from ..compile.cache import KEPT, Compiling, OnPhase, Services, call_key
-from ..compile.compiler import hashable, keep
+from ..compile.cache import KEPT, Compiling, OnPhase, Services
+from ..compile.compiler import keep
 from ..compile.placement import agree
+from ..compile.program_keys import call_key, hashable
 from ..compile.trace import TraceRequest
 from ..models.calls import Kwargs, signature_of
 from ..rng.keys import Words

@@ -15,8 +15,8 @@ from ..base.digest import alike, describe, is_key
 from ..base.text import clean, plural
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint, fingerprint
-from ..compile.compiler import settings
 from ..compile.placement import Placement
+from ..compile.program_keys import settings
 from ..errors import FlaxMagicsError
 from ..execution.call import Call
 from ..line.expression import positional_names

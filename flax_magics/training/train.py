@@ -37,13 +37,14 @@ from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
-from .loop import NotFinite, Schedule, Together, TrainingLoop, started
+from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
 from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
 from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
 from .step import Step
+from .together import Together
 
 STILL = 50
 """After so many steps of the same loss something is wrong."""

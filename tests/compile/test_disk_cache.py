@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from sessions import session_of, settle
 from sharp_bits import MODEL
 
-from flax_magics.compile import compiler
-from flax_magics.compile.compiler import DiskCache, default_folder
+from flax_magics.compile import disk_cache
+from flax_magics.compile.disk_cache import DiskCache, default_folder
 
 pytestmark = pytest.mark.own_executables
 
@@ -108,10 +108,10 @@ def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     for change in ("_processor", "__version__"):
         with monkeypatch.context() as patch:
-            patch.setattr(compiler, change, (lambda: "another") if change == "_processor" else "another")
-            compiler._surroundings.cache_clear()
+            patch.setattr(disk_cache, change, (lambda: "another") if change == "_processor" else "another")
+            disk_cache._surroundings.cache_clear()
             assert cache.name_of(("text", "settings")) != key
-    compiler._surroundings.cache_clear()
+    disk_cache._surroundings.cache_clear()
 
 
 def test_a_script_keeps_nothing_unless_it_asks(cache_directory):
