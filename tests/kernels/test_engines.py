@@ -46,6 +46,16 @@ def loss(net, batch, train):
   logits = net(batch["image"], train=train)
   return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 """
+EXPORT = """%%px --no-stream
+import contextlib, io
+script = flax_magics.session().run_export(plain=False)
+assert script.unexported == (), script.unexported
+joined, jax.distributed.initialize = jax.distributed.initialize, lambda *_: None
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+  exec(compile(script.text, "script.py", "exec"), {"__name__": "__main__", "coordinator": coordinator, "rank": rank})
+jax.distributed.initialize = joined
+digests = [line.split()[-1] for line in printed.getvalue().splitlines()]
+assert digests == [run.digest for run in flax_magics.session().runs], printed.getvalue()"""
 TRAIN = "--optimizer optax.sgd(0.05) --batch 64 --epochs 5 loss(net, train)"
 ALONE = f"""
     from IPython.core.interactiveshell import InteractiveShell
@@ -96,9 +106,12 @@ losses = [*map(float, run.losses)]""")
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     one, other = (np.concatenate(leaves) for leaves in (first, of_one))
     assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
+    # The script gives these bits, too: each process prints the digests of its part.
+    engines.run("%%px --no-stream\nimport flax_magics\ny = %flax_apply net(train['image'])")
+    engines.run(EXPORT)
     # An error comes of each, with where both stand.
     engines.run("%%px --no-stream --targets 1\nlatent = %flax_key latent")
     failed = engines.fails("%%px --no-stream\n%flax_apply net(train['image'])")
     text = "\n".join([*failed.outputs[-1].traceback, *(str(output) for output in failed.outputs)])
-    assert text.count("process 0: seed 0, draw 2, net, program ") >= 2
-    assert text.count("process 1: seed 0, draw 3, net, program ") >= 2
+    assert text.count("process 0: seed 0, draw 3, net, program ") >= 2
+    assert text.count("process 1: seed 0, draw 4, net, program ") >= 2
