@@ -308,7 +308,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         from .export import write
 
         script = self.run_export(plain=plain)
-        if file is not None:
+        if file is not None and self.speaks:
             write(file, script.text, force=force)
         return script
 

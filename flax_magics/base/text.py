@@ -40,6 +40,15 @@ def on_terminal(shell: Any) -> bool:
     return False
 
 
+def replaces(shell: Any) -> bool:
+    """Whether what a shell has shown can be replaced: in a kernel, but not in an engine of ipyparallel.
+
+    `%%px` shows what engines display, and drops what would replace it.
+    """
+    kernel = getattr(shell, "kernel", None)
+    return kernel is not None and not type(kernel).__module__.startswith("ipyparallel.")
+
+
 def cell_len(text: str) -> int:
     """The number of terminal columns that a text takes: wide characters take two, combining ones none."""
     return _measure()(text)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import jax
+
 from ..base.tokens import pieces
 from ..line.expression import end_of, segment, start_of
 from ..rng.keys import SPLIT, stream_tag
@@ -243,6 +245,7 @@ class LineWriter:
             "\thasher = hashlib.sha256()",
             f"\tfor path, leaf in jax.tree_util.tree_flatten_with_path({result})[0]:",
             *("\t\t" + line for line in inner),
+            *(_PART if jax.process_count() > 1 else ()),
             '\t\tarray = np.asarray(leaf, order="C")',
             f'\t\theader = f"{{path}}\\0{key_type}{{array.dtype.name}}{{list(array.shape)}}\\0"',
             "\t\thasher.update(header.encode() + array.tobytes())",
@@ -251,6 +254,14 @@ class LineWriter:
         if self.quote == "'":
             lines = [line if '"""' in line else line.replace('"', "'") for line in lines]
         return [line.replace("\t", self.unit) for line in lines]
+
+
+_PART = (
+    "\t\tif isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):",
+    "\t\t\tparts = {str(shard.index): shard.data for shard in leaf.addressable_shards}  # those of this process",
+    "\t\t\tleaf = np.concatenate([np.asarray(part).ravel() for part in parts.values()])",
+)
+"""Lines that take of an array the part that is here, as the digest of a run does."""
 
 
 def _apart(streams: Iterable[str], taken: bool) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import replaces
 from ..base.types import Record
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class Reporter:
         from ..report.html import progress_bundle
         from ..report.text import progress_line
 
-        if getattr(self._shell, "kernel", None) is None:
+        if not replaces(self._shell):
             return {"text/plain": progress_line(run, working)}
         return progress_bundle(run, self._settings().style, working)
 
@@ -251,7 +252,7 @@ class Reporter:
         loop.add(run)
         self._pending = True
         # A terminal cannot update a line: there it is printed once, when the cell ends, and without data to save.
-        if getattr(self._shell, "kernel", None) is None:
+        if not replaces(self._shell):
             self._read_later(run)
             return
         self._rows = self._rows or Rows()

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TextIO
 
-from ..base.text import clean, cut, elapsed, on_terminal, width
+from ..base.text import clean, cut, elapsed, on_terminal, replaces, width
 
 _ERASE = "\r\x1b[K"
 SELDOM = 50
@@ -67,7 +67,7 @@ class Live:
         self.speaks = True
         self.progress: Callable[[str], Mapping[str, object]] | None = None
         self._shell, self._stream = shell, stream
-        self._in_kernel = getattr(shell, "kernel", None) is not None
+        self._in_kernel = replaces(shell)
         self._delay, self._interval, self._clock = delay, interval, clock
         self._on_terminal = False
 

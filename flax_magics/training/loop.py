@@ -252,6 +252,8 @@ class TrainingLoop:
         finally:
             self._seconds, self._since = self.seconds, None
             self._data.close()
+            if self._together is not None:
+                self._together.beside.close()
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
         schedule, pending = self._schedule, self._pending
@@ -402,7 +404,8 @@ class TrainingLoop:
         """Counts the oldest step or group, which the device has finished."""
         result, batch, _ = self._pending[0]
         if not np.asarray(result.alive).all():  # raises the error of a program that failed
-            self._pending.clear()
+            if self._together is None:  # else the others have to begin those after it, too
+                self._pending.clear()
             if batch.steps == 1:
                 self.failed = batch, np.asarray(result.loss)
                 raise NotFinite
@@ -422,15 +425,20 @@ class TrainingLoop:
         if self._together is None:
             return
         together, limit = self._together, self._together.seconds
-        fewest, most = together.stop(self._begun, error)
+        steps_of_all = together.stop(self._begun, error)
+        if steps_of_all is None:
+            return
+        fewest, most = steps_of_all
         with contextlib.suppress(Exception):  # of a process that has ended: whatever is left of its steps is given up
+            self._unblock(limit)
+            # One by one: what two programs at once send each other may come to the wrong one.
+            for result, *_ in self._pending:
+                result.alive.block_until_ready()
             for _ in range(self._begun, most):
                 if self._last is not None:
-                    together.beside.submit(self._last).result(limit)
-            self._unblock(limit)
+                    together.beside.submit(self._last).result(limit).alive.block_until_ready()
         while self._pending and self._pending[-1].following > fewest:
             self._unfinished.wait = smallest(self._pending.pop().result.loss)
-        together.beside.close()
 
     def _drain(self) -> None:
         """Counts the steps that the device finishes within `PATIENCE`, and gives the others up."""

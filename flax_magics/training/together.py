@@ -41,14 +41,17 @@ class Together:
         """Raises where one of them has stopped."""
         self._processes.check_stopped(self._text)
 
-    def stop(self, steps: int, error: BaseException | None) -> tuple[int, int]:
-        """Tells the others that this one stops after so many steps; gives the fewest and the most that any has begun."""
+    def stop(self, steps: int, error: BaseException | None) -> tuple[int, int] | None:
+        """Tells the others that this one stops after so many steps; gives the fewest and the most that any has begun.
+
+        None where not all have answered.
+        """
         why = ""
         if error is not None:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
             why = str(error).partition("\n")[0].rstrip(".") if isinstance(error, FlaxMagicsError) else why
-        of_all = self._processes.stop(steps, why, self._text, self._services) or [steps]
-        return min(of_all), max(of_all)
+        of_all = self._processes.stop(steps, why, self._text, self._services)
+        return None if of_all is None else (min(of_all), max(of_all))
 
     def why_failed(self) -> FlaxMagicsError | None:
         """The error for a step that failed because one of them has ended."""

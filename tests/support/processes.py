@@ -154,7 +154,8 @@ class Job:
     def __exit__(self, *_: Any) -> None:
         for process in self.processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
 
     def ended(self, rank: int, limit: float = 240) -> tuple[int, str]:
         """Exit status and output of a process; the test fails where it takes longer than `limit` seconds."""
