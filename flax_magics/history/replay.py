@@ -157,10 +157,11 @@ class Replaying(Struct, frozen=True):
                 form=None if facts.kind.loss else _same_keys(facts),
             )
         if facts.kind.trains and origin is None and not stored.size:
-            raise FlaxMagicsError(
-                f"{what} cannot be run again: what it began with was never kept. That may be an iterator, a session in a"
-                f" file, a training that went on with other data, weights or code, or more than {bytes_(self.limit)}."
-            )
+            changes = [note.text for note in facts.notes if note.kind == "resume"]
+            why = f"what it began with was never kept: a saved session has it, or it is more than {bytes_(self.limit)}"
+            if facts.trained is not None and facts.trained.task.once:
+                why = "its data are an iterator, which is gone through only once"
+            raise FlaxMagicsError(f"{what} cannot be run again: {next(iter(changes), why)}.")
         if origin is None or stored.inputs is None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: its inputs and variables were let go of: by %flax_free --replays, or the"
