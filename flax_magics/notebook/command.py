@@ -29,7 +29,7 @@ from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
     from ..execution.call import Call
-    from ..run import DrawNumber, Run
+    from ..run import DrawNumber, Note, Run
 
 Namespace = dict[str, object]
 
@@ -197,7 +197,7 @@ class CommandUse(Record):
           gives_run: the command's value is the Run, not its output.
         """
         expression, assign = self.read_body()
-        with self.notebook.working("preparing", quiet=self["quiet"]) as live:
+        with self.notebook.working("preparing", quiet=self["quiet"], out=self["out"]) as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished
@@ -247,6 +247,22 @@ class CommandUse(Record):
 
             value = None if needed_fields(value) else value()
         return target, call, value if is_module(value) else None
+
+    def notes_of(self, name: str, *, weights: bool = True) -> tuple[Note, ...]:
+        """Notes on names of the notebook: that one holds other weights than the model, or that its own is bound no more.
+
+        Args:
+          weights: it is the model's own that are run with.
+        """
+        from ..run import Note
+
+        value, known = self.value_of(name), self.notebook.weight_names
+        note = known.note(name, self.notebook.session.collections, self.user_ns) if weights else None
+        notes = () if note is None else (note,)
+        if name not in self.notebook.bound or is_module(value) or is_module_class(value):
+            return notes
+        text = f"`{name}` is no model of the notebook any more: the one ran that is still registered under that name"
+        return (*notes, Note("rebound", text))
 
     def resolve_loss(self, expression: CallExpression) -> tuple[str, Callable[..., Any], Call, Any]:
         """Name of the model that a loss is called with, the loss, its call without the model, and as in `resolve`."""

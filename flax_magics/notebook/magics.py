@@ -220,15 +220,12 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
-            variables, note = use["variables"], None
-            if variables is None:
-                note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
-            else:
+            variables, notes = use["variables"], use.notes_of(name, weights=use["variables"] is None)
+            if variables is not None:
                 variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
             chosen = {option: use[option] for option in ("mutable", "key", "samples", "eager", "roofline")}
             chosen |= {"keys_of": use.keys_of(), "repeat": use["repeat"] or 1}
             options = ApplyOptions(mode=mode, variables=variables, **chosen)
-            notes = () if note is None else (note,)
             apply_run = self.session.run_apply(name, call, options, module=module, notes=notes)
             if use.cell is None and options.plain and expression.is_plain:
                 lines = self.notebook.known_lines
@@ -246,8 +243,7 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, loss, call, module = use.resolve_loss(expression)
-            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
-            notes = () if note is None else (note,)
+            notes = use.notes_of(name)
             return self.session.run_grad(name, loss, call, mode=mode, freeze=frozen, module=module, notes=notes)
 
         gradients = use.run(run)
@@ -262,7 +258,6 @@ class FlaxMagics(Magics):
             from ..state.training import Optimizer, TrainOptions
 
             name, loss, call, module = use.resolve_loss(expression)
-            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
             earlier = self.session.training_of(name) if use["resume"] else None
             optimizer, data = use["optimizer"], use["eval"] or ("" if earlier is None else earlier.eval)
 
@@ -275,8 +270,7 @@ class FlaxMagics(Magics):
                 eval_text=data,
                 **{option: use[option] for option in ("batch", "epochs", "steps", "freeze", "resume")},
             )
-            notes = () if note is None else (note,)
-            return self.session.run_train(name, loss, call, options, module=module, notes=notes)
+            return self.session.run_train(name, loss, call, options, module=module, notes=use.notes_of(name))
 
         trained = use.run(run, gives_run=True)
         # Displayed, it would show the report once more, or that which `-q` leaves out.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..execution.call import Call
     from ..line.options import ApplyOptions
     from ..report.live import Live
-    from ..run import Run
+    from ..run import Note, Run
     from ..state.weights import WeightNames
 
 KNOWN_LINES = 256
@@ -65,11 +65,13 @@ class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
     A `brief` command has a live line only once it names a phase, since until then it takes microseconds; it trains nothing.
-    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps.
+    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps;
+    the name `out` is then bound to their Run.
     """
 
-    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool) -> None:
+    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool, out: str | None) -> None:
         self._notebook, self._what, self._brief, self._quiet, self._guarded = notebook, what, brief, quiet, False
+        self._out = out
         self.session, self._live = notebook.session, notebook.reporter.live()
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
         self._curve_before = None if brief else self.session.last_curve
@@ -116,7 +118,12 @@ class CommandInProgress:
             self._live.clear()
             return 0
         (run,) = self.session.last(1)
-        self._notebook.reporter.report(run, self._live, quiet=self._quiet)
+        # `name = %flax_train …` binds nothing where the line fails.
+        where = "flax_magics.session().runs[-1]" if self._out is None else self._out
+        if self._out is not None:
+            self._notebook.shell.user_ns[self._out] = run
+        notes = (_with(note, f" · `{where}` is its Run") if note.kind == "stopped" else note for note in run.notes)
+        self._notebook.reporter.report(run.with_notes(tuple(notes)), self._live, quiet=self._quiet)
         return run.steps
 
 
@@ -218,9 +225,11 @@ class Notebook:
         in_kernel = getattr(self.shell, "kernel", None) is not None
         return width() if in_kernel or on_terminal(self.shell) else 0
 
-    def working(self, what: str, *, brief: bool = False, quiet: bool = False) -> CommandInProgress:
+    def working(
+        self, what: str, *, brief: bool = False, quiet: bool = False, out: str | None = None
+    ) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self, what, brief=brief, quiet=quiet)
+        return CommandInProgress(self, what, brief=brief, quiet=quiet, out=out)
 
     def prepare(self) -> None:
         """Loads what showing a run takes, while XLA compiles on other threads: the templates, unless no HTML is shown."""
@@ -241,6 +250,13 @@ class Notebook:
             from ..snapshot.view import autosave_failed
 
             self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
+
+
+def _with(note: Note, more: str) -> Note:
+    """A note with more text."""
+    from msgspec.structs import replace
+
+    return replace(note, text=note.text + more)
 
 
 def _cell_id(info: object, shell: Any) -> str | None:
