@@ -21,7 +21,7 @@ class FlaxMagicsError(Exception):
       message: one sentence that says what is wrong and why.
       write: complete lines that can be pasted and run instead.
       form: lines with a gap (`…`) that the reader has to fill.
-      edit: an edit of the user's own code.
+      edit: an edit of the user's own code, in their `where`: the `model`, or the `loss`.
       hint: one more line, such as the nearest names.
     """
 
@@ -35,6 +35,7 @@ class FlaxMagicsError(Exception):
         write: str | None = None,
         form: str | None = None,
         edit: str | None = None,
+        where: str = "model",
         hint: str | None = None,
     ) -> None:
         # What a message quotes may come from anywhere: a file, a name in a dict, a line that was pasted.
@@ -43,7 +44,8 @@ class FlaxMagicsError(Exception):
             (text and visible(text) for text in (write, form, edit, hint)),
         )
         self.message, self.write, self.form, self.edit, self.hint = message, write, form, edit, hint
-        below = [*(hint or "").splitlines(), *advice_lines(write, form, edit)]
+        self.where = where
+        below = [*(hint or "").splitlines(), *advice_lines(write, form, edit, where)]
         super().__init__("\n".join([message, *(f"  {line}" for line in below)]))
 
     def _render_traceback_(self) -> list[str]:
@@ -81,19 +83,22 @@ def visible(text: str, *, keeps: str = "\n\t") -> str:
     )
 
 
-def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:
+def advice(write: str | None, form: str | None, edit: str | None, where: str) -> list[tuple[str, str]]:
     """(label, text) of each given piece of advice; the label says how the text is meant.
 
     `write: ` precedes complete lines that can be pasted and run, `form: ` a text with a gap (`…`), and
-    `in your model: ` an edit of the user's code.
+    `in your model: ` an edit of the user's code; `where` is what is edited, the `model` or the `loss`.
     """
-    return [(label, text) for label, text in (("write: ", write), ("form: ", form), ("in your model: ", edit)) if text]
+    labelled = (("write: ", write), ("form: ", form), (f"in your {where}: ", edit))
+    return [(label, text) for label, text in labelled if text]
 
 
-def advice_lines(write: str | None = None, form: str | None = None, edit: str | None = None) -> list[str]:
+def advice_lines(
+    write: str | None = None, form: str | None = None, edit: str | None = None, where: str = "model"
+) -> list[str]:
     """`advice` as lines of a message; further lines of a text are indented under its first."""
     lines = []
-    for label, text in advice(write, form, edit):
+    for label, text in advice(write, form, edit, where):
         first, *rest = text.splitlines()
         lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
     return lines

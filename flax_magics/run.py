@@ -64,7 +64,7 @@ class Note(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
       kind: the name by which `%config FlaxMagics.notes` turns such notes off.
       text: one line.
-      write, form, edit: how to fix it; see `errors.advice`.
+      write, form, edit, where: how to fix it; see `errors.advice`.
     """
 
     kind: str
@@ -72,11 +72,12 @@ class Note(Struct, frozen=True, forbid_unknown_fields=True):
     write: str | None = None
     form: str | None = None
     edit: str | None = None
+    where: str = "model"
 
     @property
     def advice(self) -> list[tuple[str, str]]:
         """How to fix it, as (label, text) pairs."""
-        return advice(self.write, self.form, self.edit)
+        return advice(self.write, self.form, self.edit, self.where)
 
 
 class Cause(Struct, frozen=True):
@@ -297,6 +298,11 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     def steps(self) -> int:
         """The number of finished steps of a training."""
         return 0 if self.trained is None else len(self.trained.losses)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it is a training that went on with what earlier commands had done; how it began stands in it, too."""
+        return self.trained is not None and bool(self.trained.task.parts)
 
     def with_notes(self, notes: tuple[Note, ...]) -> Run:
         """The run with these notes in place of its own."""

@@ -56,7 +56,13 @@ AS_NET = " net = Net()"
 SWITCHED = model(
     ", train", "return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))"
 )
+BLOCK = """class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dropout(0.5, deterministic=not train)(x)
+"""
 FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
+INNER = FIXED.replace("nn.Dropout(0.5, deterministic=True)", "Block()").replace("\nclass", f"\n{BLOCK}class", 1)
 MISTYPED = model("", "return nn.Dropout(0.5, deterministic=False, rng_collection='droppout')(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
 UNSWITCHED = UNSET.replace(", train=False", "")
@@ -147,6 +153,7 @@ BATCH_INIT = "variables = %flax_init net(x, train=False)"
 ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
 SUM = "def loss(net, x):\n  return net(x).sum()"
+DIFFERENCE = "return (net(x) - y[..., :2]).sum()"
 OPTAX = "import optax"
 TRAIN = "%flax_train --optimizer optax.sgd(0.1)"
 OF_IMAGES = "def loss(net, batch):\n  return net(batch['image']).sum()"
@@ -256,6 +263,11 @@ VERIFY = "python -m flax_magics verify 'a b.ipynb'"
 def put(old: str, new: str = "{}", gap: str = "…") -> Any:
     """An edit that puts the advice in the place of `old`; `gap` stands for its gaps."""
     return lambda cell, advice: cell.replace(old, new.replace("{}", advice.replace("…", gap)))
+
+
+def summed(cell: str, advice: str) -> str:
+    """The cell of `SUM` with its function as it is advised."""
+    return f"{advice.replace('… ', 'return ')}.sum()"
 
 
 def outside(function: str) -> Any:
@@ -464,6 +476,7 @@ SCENARIOS = [
              (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
              stops="FloatingPointError"),
     Scenario("execution.notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
+    Scenario("execution.notes._wrong_mode", "%flax_apply --train Net(x)", (INNER,), edit=put("Block()(x)")),
     Scenario("execution.notes.of_streams", "%flax_apply Net(x);", (MISTYPED,),
              edit=lambda cell, advice: cell.replace(*reversed(advice.split(" for ")))),
     *(
@@ -518,8 +531,15 @@ SCENARIOS = [
     Scenario("training.loss.transformed", "%flax_grad loss(own, x)", (OWN_BATCH, CHECKPOINT),
              edit=lambda cell, advice: cell.replace("jax.checkpoint(lambda x: net(x))(x)",
                                                     advice.replace("(…)", "(type(net).__call__)(net, x)"))),
-    Scenario("training.grad.of_switch", "%flax_grad loss(net, x)", (FORGOTTEN, SUM),
-             edit=lambda cell, advice: advice.replace("batch", "x").replace("… net(…", "return net(x") + ".sum()"),
+    Scenario("execution.notes._wrong_mode", "%flax_grad loss(net, x)", (FORGOTTEN, SUM), edit=summed),
+    Scenario("training.mistakes._of_call", "%flax_grad loss(Net, x)", (SWITCHED, SUM), edit=summed),
+    Scenario("training.mistakes._of_call", "%flax_grad loss(net, x)",
+             (NET, SUM.replace("(net, ", "(params, ").replace("net(", "net.apply({'params': params}, ")), edit=summed),
+    Scenario("training.mistakes.without_net", "%flax_grad loss(net, x)",
+             (NET, INIT, f"other = net\n{SUM.replace(' net(', ' other.apply(variables, ')}"),
+             edit=put("other.apply(variables, x)")),
+    Scenario("training.mistakes._of_rows", f"{TRAIN} --steps 2 --batch 2 loss(net, x, x)",
+             (NET, OPTAX, f"def loss(net, x, y):\n  {DIFFERENCE}"), (DIFFERENCE,)),
     Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
     # -- a mesh
     Scenario("line.axes.read", "%flax_mesh data"),
@@ -536,12 +556,16 @@ SCENARIOS = [
     Scenario("training.data.check_divides", f"{TRAIN} --steps 2 loss(net, x)", (NET, SUM, OPTAX, "%flax_mesh data=1"),
              patch=in_two_parts),
     # -- trainings
+    Scenario("training.train.train", f"{TRAIN.replace('0.1', '1e9')} --steps 9 loss(net, x)",
+             (NET, SUM.replace("net(x)", "(net(x) ** 4)"), OPTAX), check=f"{KERNEL} < 99"),
     Scenario("training.train.train_model", f"{TRAIN} --steps 2 loss(net)", (NET, SUM, OPTAX), ("x",)),
     Scenario("training.data.check_looks", f"{TRAIN} --steps 2 --eval iter([x]) loss(net, x)", (NET, SUM, OPTAX), ("[x]",)),
     Scenario("training.train.prepare", "%flax_train --resume --steps 2 loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --steps 4 loss(net, x);")),
     Scenario("training.train._finish", f"{TRAIN} --steps 9 loss(net, data)",
              (NET, SUM, OPTAX, "data = iter([x, x])"), use="data = [x, x]\n{}"),
+    Scenario("training.train._finish", "%flax_train --resume loss(net, x)",
+             (NET, SUM, OPTAX, f"{TRAIN} --steps 2 loss(net, x);")),
     Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
              ("optax.sgd(0.1)", "2")),
     Scenario("training.options.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),

@@ -147,7 +147,8 @@ def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> Buil
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
     """All differences between two programs, the most telling first."""
     if old.method != now.method:  # arguments of different methods cannot be compared
-        before, after = (".".join(spec.method) or "the call" for spec in (old, now))
+        names = {(): "the call", ("loss()",): "a loss"}
+        before, after = (names.get(spec.method, ".".join(spec.method)) for spec in (old, now))
         return [Cause("method", "", f"method: {before} → {after}")]
     causes = []
     if old.mode != now.mode:

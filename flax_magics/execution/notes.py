@@ -37,7 +37,7 @@ def outdated_own(name: str) -> Note:
     return Note("outdated", text, write=f"del {name}")
 
 
-def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Iterator[Note]:
+def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace, *, loss: str = "") -> Iterator[Note]:
     """Notes that a mode did not take: all layers of a kind (dropout, norm) behave the other way, or there is no switch.
 
     Where other layers obey, one that does not is meant to be so (a frozen backbone), unless a literal beside a switch
@@ -46,40 +46,59 @@ def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Ite
     Args:
       name: the model's.
       mode: the mode that the run was in: what was asked for, or `as written` if nothing was set.
+      loss: the name of the loss that calls the model, if one does: then nobody has asked for training.
     """
     asked = prepared.mode
     if asked not in ("train", "eval"):
         return
-    training, told = asked == "train", False
+    training = asked == "train"
+    set_by_loss = () if record.structure is None else record.structure.others
+    for name in [name for name in set_by_loss if loss and name.rpartition(".")[2] in WHEN_TRAINING][:1]:
+        yield Note(
+            "switch", f"`{loss}` sets `{name}` of the net, and so does the command: leave out `.eval()` and `.train()`"
+        )
+        return
     obeyed = any(layer.training is training for layer in record.layers)
+    wrong: dict[str, list[Layer]] = {}
     for kind in ("dropout", "norm"):
         layers = [layer for layer in record.layers if layer.kind == kind]
         if any(layer.training is training for layer in layers):
             continue
-        wrong = [layer for layer in layers if not obeyed or (layer.source.literal and layer.own_switch)]
-        if wrong:
-            told = True
-            yield _wrong_mode(kind, wrong, training)
-    if mode != asked and not told:
+        of_kind = [layer for layer in layers if not obeyed or (layer.source.literal and layer.own_switch)]
+        wrong |= {kind: of_kind} if of_kind else {}
+    if mode != asked and not wrong and not loss:
         yield Note("mode", f"{name} has no train switch: --{asked} changed nothing")
+    links = {layers[0].link for layers in wrong.values()}
+    together = len(links) == 1 and None not in links  # one edit mends both kinds
+    for kinds in [wrong] if together else [{kind: layers} for kind, layers in wrong.items()]:
+        yield _wrong_mode(kinds, training, loss)
 
 
-def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
+def _wrong_mode(kinds: Mapping[str, list[Layer]], training: bool, loss: str) -> Note:
     option = "--train" if training else "--eval"
-    first = layers[0]
-    are = "is" if len(layers) == 1 else f"and {len(layers) - 1} more are"
     in_evaluation = {"dropout": "off", "norm": "using running averages"}
     in_training = {"dropout": "on", "norm": "using the batch's own statistics"}
-    state = (in_evaluation if training else in_training)[kind]
-    value = f"{first.switch}={first.value}"
-    if first.source.literal:
-        why = f"{value} is fixed in {first.owner}"
-    elif first.source.text:
-        why = f"{first.switch} was {first.value}, from `{first.source.text}` in {first.owner}"
+    states = []
+    for kind, layers in kinds.items():
+        are = "is" if len(layers) == 1 else f"and {len(layers) - 1} more are"
+        states.append(f"{join(layers[0].path)} {are} {(in_evaluation if training else in_training)[kind]}")
+    (kind, (first, *_)), link = next(iter(kinds.items())), next(iter(kinds.values()))[0].link
+    what = " and ".join(states) + (" in training" if loss and training else f" although {option} was asked")
+    place, at = (first.owner, first) if link is None else (link.caller, link)
+    if at.source.literal:
+        why = f"{at.switch}={at.value} is fixed in {place}"
+    elif at.source.text:
+        why = f"{at.switch} was {at.value}, from `{at.source.text}` in {place}"
+    elif link is not None:
+        why = f"{place} calls `{link.text}` without `{link.switch}`"
     else:
-        why = f"{first.switch} was {first.value} in {first.owner}"
+        why = f"{at.switch} was {at.value} in {place}"
+    if link is not None:
+        kind, where = (kind, "model") if link.in_model else ("switch", "loss")
+        return Note(kind, f"{what}: {why}", edit=link.edit, where=where)
     edit = following(first.switch, first.own_switch, first.method)
-    return Note(kind, f"{join(first.path)} {are} {state} although {option} was asked: {why}", edit=edit)
+    # Where it is written so already, it is not known what keeps the switch from the layer.
+    return Note(kind, f"{what}: {why}", edit=None if edit == f"{first.switch}={first.source.text}" else edit)
 
 
 def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:

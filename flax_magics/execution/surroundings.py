@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -176,8 +176,8 @@ def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
 
 
 def _error(said: str, instead: str, lines: list[str], form: str | None = None) -> FlaxMagicsError:
-    advice: Mapping[str, str | None] = {"form": form} if not lines else written("\n".join(lines))
-    return FlaxMagicsError(f"{said} {instead}", **advice)
+    text = f"{said} {instead}"
+    return FlaxMagicsError(text, **written("\n".join(lines))) if lines else FlaxMagicsError(text, form=form)
 
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:

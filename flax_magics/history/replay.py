@@ -194,9 +194,12 @@ class Replaying(Struct, frozen=True):
         changes = [note.text for note in facts.notes if note.kind == "resume"]
         if changes:
             return f"when it was resumed, {'; '.join(changes)}"
-        if facts.trained is not None and facts.trained.task.parts:
+        task = None if facts.trained is None else facts.trained.task
+        if task is not None and task.once:
+            return "its data are an iterator, which is gone through only once"
+        if task is not None and task.parts:
             return "it was resumed, and how it had begun was not there any more: in a file, or let go of"
-        return f"it began with data that give their batches once, or with more than {bytes_(self.limit)}"
+        return f"what it began with was not kept: it came out of a file, or is more than {bytes_(self.limit)}"
 
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """Runs it with a program that is compiled again, from the model as it was."""

@@ -1,13 +1,20 @@
-"""A call's arguments split into traced and static leaves, signatures, and the record of submodule calls in a trace."""
+"""A call's arguments split into traced and static leaves, signatures, calls in source, and submodule calls in a trace."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import itertools
+import linecache
 import re
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeAlias
+from contextlib import suppress
+from types import CodeType, FrameType
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -16,7 +23,7 @@ from msgspec.structs import replace
 
 from ..base.digest import describe
 from ..base.types import Leaf, PyTree
-from ..code.library import nnx_modules
+from ..code.library import is_module, library_file, nnx_modules
 from ..line.expression import positional_names
 
 Names: TypeAlias = tuple[str, ...]
@@ -151,6 +158,218 @@ def without_self(signature: inspect.Signature) -> inspect.Signature:
 def is_nnx_class(cls: object) -> bool:
     """Whether `cls` is a class of NNX modules."""
     return isinstance(cls, type) and issubclass(cls, nnx_modules())
+
+
+def mask_of(module: Any, args: Args, kwargs: Kwargs) -> tuple[tuple[int, ...], float] | None:
+    """(shape, rate) of the mask that a linen or NNX dropout draws when called with these arguments; None if unknown."""
+    inputs = args[0] if args else kwargs.get("inputs")
+    shape, rate = getattr(inputs, "shape", None), module.rate
+    if shape is None or not isinstance(rate, (int, float)):
+        return None
+    whole = list(shape)
+    for dim in module.broadcast_dims:
+        whole[dim] = 1  # the mask is broadcast along these axes
+    return tuple(whole), float(rate)
+
+
+class CallText(Struct, frozen=True):
+    """A call in the user's code: its text in one line, and the line where it begins."""
+
+    text: str
+    line: int
+
+    @classmethod
+    def at(cls, code: CodeType, instruction: int) -> CallText | None:
+        """The call that an instruction of `code` makes, by its offset; None where the source does not tell."""
+        first, last, begin, end = list(code.co_positions())[instruction // 2]
+        lines = [] if first is None else linecache.getlines(code.co_filename)[first - 1 : last]
+        if first is None or not lines:
+            return None
+        lines[-1] = lines[-1].encode()[:end].decode()
+        lines[0] = lines[0].encode()[begin:].decode()
+        text = "".join(lines)
+        try:
+            tree = ast.parse(f"({text}\n)", mode="eval").body
+        except SyntaxError:
+            return None
+        if not isinstance(tree, ast.Call):
+            return None
+        return cls(text if len(lines) == 1 else ast.unparse(tree), first)
+
+    @property
+    def tree(self) -> ast.Call:
+        """Its syntax tree."""
+        return cast("ast.Call", ast.parse(self.text, mode="eval").body)
+
+    def _given(self, name: str, place: int) -> ast.expr | ast.keyword | None:
+        """What it gives for a parameter, by its name or at its place from 0; `*` and `**` may give anything."""
+        tree = self.tree
+        by_name = next((each for each in tree.keywords if each.arg in (name, None)), None)
+        if by_name is not None:
+            return by_name
+        anything = next((each for each in tree.args[: place + 1] if isinstance(each, ast.Starred)), None)
+        return tree.args[place] if anything is None and place < len(tree.args) else anything
+
+    def argument(self, name: str, place: int) -> str:
+        """The text of what it gives for a parameter, see `_given`; empty where nothing."""
+        given = self._given(name, place)
+        if isinstance(given, ast.keyword) and given.arg is not None:
+            return ast.unparse(given.value)
+        return "" if given is None else ast.unparse(given)
+
+    def with_argument(self, keyword: str, place: int) -> str:
+        """Its text with `name=value` in the place of what it gives for that parameter, or as its last argument."""
+        given = self._given(keyword.partition("=")[0], place)
+        if given is None or isinstance(given, ast.Starred) or (isinstance(given, ast.keyword) and given.arg is None):
+            inside = self.text[:-1].rstrip().rstrip(",")
+            return f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
+        text = self.text.encode()
+        return f"{text[: given.col_offset].decode()}{keyword}{text[given.end_col_offset :].decode()}"
+
+
+def self_of(frame: FrameType) -> object:
+    """The Flax module of which a method runs in a frame; None for any other function, such as a loss."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not is_module(first):
+        return None
+    methods = (vars(cls).get(code.co_name) for cls in type(first).__mro__)
+    is_method = any(getattr(inspect.unwrap(one), "__code__", None) is code for one in methods if callable(one))
+    return first if is_method else None
+
+
+def is_flax(cls: type) -> bool:
+    """Whether a class is one of Flax's own."""
+    return cls.__module__.partition(".")[0] == "flax"
+
+
+def frame_of(module: object) -> FrameType | None:
+    """The innermost frame of user code whose first argument is `module`, that is, a running method of it."""
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        code = frame.f_code
+        is_ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
+        if not is_ours and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
+            return frame
+    return None
+
+
+def last_name(node: ast.expr) -> str:
+    """The name at the end of an expression: `Dropout` of `nn.Dropout`; empty for any other than names with dots."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def methods_of(cls: type) -> Iterator[tuple[ast.Module, int]]:
+    """The syntax tree of each method in the user's classes, and the line on which it begins."""
+    for base in cls.__mro__:
+        if is_flax(base) or base is object:
+            continue
+        for function in vars(base).values():
+            code = None
+            with suppress(ValueError):  # it is wrapped in itself
+                code = getattr(inspect.unwrap(function), "__code__", None)
+            if isinstance(code, CodeType) and (parsed := _parsed(code)) is not None:
+                yield parsed
+
+
+@functools.lru_cache(maxsize=64)  # a model's layers ask for the same methods, one after the other
+def _parsed(code: CodeType) -> tuple[ast.Module, int] | None:
+    """The syntax tree of a function and the line on which it begins; None where its source is not there."""
+    with suppress(OSError, TypeError, SyntaxError, ValueError):
+        lines, start = inspect.getsourcelines(code)
+        return ast.parse(textwrap.dedent("".join(lines))), start
+    return None
+
+
+class ArgumentPlace(Struct, frozen=True):
+    """A call in the source that passes a layer its switch: `nn.Dropout(0.5, deterministic=True)` or `self.drop(x, …)`.
+
+    Attributes:
+      expression: the switch's expression.
+      line: line of the expression in the file or cell.
+      call: lines of the whole call.
+      name: the attribute that the call's value is assigned to (`self.name = …`), empty if none.
+      keyword: the switch is passed as a keyword, not by position.
+    """
+
+    expression: ast.expr
+    line: int
+    call: range
+    name: str
+    keyword: bool
+
+
+def places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[ArgumentPlace]:
+    """Every call in the class's methods that passes `switch` to a `layer`: calls of it (`in_call`) or constructions."""
+    function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
+    parameters = list(inspect.signature(function).parameters)  # without `self`
+    position = parameters.index(switch) if switch in parameters else None
+    for tree, start in methods_of(cls):
+        assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+        pairs = [(target, node.value) for node in assigns for target in node.targets]
+        attributes = [(target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute)]
+        names = {id(call): attribute for attribute, value in attributes for call in ast.walk(value)}
+        for call in ast.walk(tree):
+            if not isinstance(call, ast.Call) or _makes(call, layer) is in_call:
+                continue
+            place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
+            expression = next((item.value for item in call.keywords if item.arg == switch), None)
+            keyword = expression is not None
+            # The positional arguments of `partial` begin with the layer itself, so they are off by one.
+            if not keyword and position is not None and len(call.args) > position:
+                expression = call.args[position] if last_name(call.func) != "partial" else None
+            if expression is not None:
+                line = expression.lineno + start - 1
+                yield ArgumentPlace(expression, line, place, names.get(id(call), ""), keyword)
+
+
+def _makes(call: ast.Call, layer: type) -> bool:
+    """Whether a call constructs the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
+    return layer.__name__ in {
+        last_name(call.func),
+        *(last_name(arg) for arg in call.args if last_name(call.func) == "partial"),
+    }
+
+
+def made_in(module: object, around: object) -> CallText | None:
+    """The one call in the source of the module `around` that makes `module`; None where there are none or several."""
+    calls = [
+        CallText(ast.unparse(call), call.lineno + start - 1)
+        for tree, start in methods_of(type(around))
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and last_name(call.func) == type(module).__name__
+    ]
+    return calls[0] if len(calls) == 1 else None
+
+
+def in_model(frame: FrameType) -> bool:
+    """Whether a method of one of the user's modules runs in a frame, or around it."""
+    around = (each for each, _ in traceback.walk_stack(frame) if not library_file(each.f_code.co_filename))
+    return any(self_of(each) is not None for each in around)
+
+
+def first_line(code: CodeType, added: str, *, in_place_of: str = "") -> str:
+    """The first line of a function with one parameter more, or with one by another name."""
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    names = tuple(added if name == in_place_of else name for name in names) if in_place_of else (*names, added)
+    return f"def {code.co_name if code.co_name.isidentifier() else 'loss'}({', '.join(names)}):"
+
+
+def caller_of(frame: FrameType) -> tuple[FrameType, CallText] | tuple[None, None]:
+    """The user's code that called what runs in `frame`, a method of a module, and the call as it is written there.
+
+    (None, None) where another module of Flax's, such as `nn.Sequential`, passes on the call, and where nobody's code does.
+    """
+    for outside, _ in traceback.walk_stack(frame.f_back):
+        room, _, inside = str(outside.f_globals.get("__name__")).partition(".")
+        if room == "flax_magics" and not inside.startswith("models."):
+            break
+        if room == "flax_magics" or library_file(outside.f_code.co_filename):
+            if type(self_of(outside)).__module__.startswith("flax."):
+                break
+            continue
+        call = CallText.at(outside.f_code, outside.f_lasti)
+        return (None, None) if call is None else (outside, call)
+    return None, None
 
 
 LONGEST = 400

@@ -18,8 +18,7 @@ from msgspec import Struct
 
 from ..base.types import PyTree
 from .base import CallTrace, KeyUse, Needs, replaced
-from .calls import Args, Function, Kwargs
-from .switch import mask_of
+from .calls import Args, Function, Kwargs, mask_of
 
 # JAX has no exception type for it: versions raise NameError or KeyError, and write it with or without colon and quotes.
 _UNBOUND = r"unbound axis name:? '?(\w+)"

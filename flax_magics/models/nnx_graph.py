@@ -110,12 +110,12 @@ def same(old: PyTree, new: PyTree) -> bool:
     return bool(flat[0][1] == flat[1][1]) and all(map(operator.is_, flat[0][0], flat[1][0]))
 
 
-def is_other(node: object, held: Parts) -> bool:
-    """Whether a node holds other parts than before (`held`). Another array in place of an array is no other part."""
-    parts = parts_of(node)
-    if parts is None or [name for name, _ in parts] != [name for name, _ in held]:
-        return True
-    return any(_is_another(value, old) for (_, value), (_, old) in zip(parts, held, strict=True))
+def other_parts(path: Path, node: object, held: Parts) -> list[Path]:
+    """The paths of what a node holds otherwise than before (`held`). Another array in place of an array is no other part."""
+    parts, before = dict(parts_of(node) or ()), dict(held)
+    names = [name for name in {**before, **parts} if name not in parts or name not in before]
+    names += [name for name in before if name in parts and _is_another(parts[name], before[name])]
+    return [(*path, name) for name in names]
 
 
 def _is_another(value: object, old: object) -> bool:
@@ -130,12 +130,15 @@ def _is_another(value: object, old: object) -> bool:
         return True
 
 
-def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[RebuiltGraph, list[PyTree]]:
+def taken_from(
+    module: nnx.Module, before: Mapping[Path, object], others: list[Path]
+) -> tuple[RebuiltGraph, list[PyTree]]:
     """The graph of a run's copy whose structure the run changed, and the values of its variables.
 
     Args:
       module: the copy, after the run.
       before: the copy's parts by path, as they were before the run.
+      others: the paths of what it holds otherwise.
     """
     old_paths = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
     parts = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
@@ -148,7 +151,8 @@ def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[Rebui
     data = [(path, leaf) for path, leaf in leaves if not is_fixed(leaf)]
     skeleton = tuple((path, jax.tree_util.tree_structure(leaf)) for path, leaf in data)
     values = [raw(leaf) if isinstance(leaf, nnx.Variable) else leaf for _, leaf in data]
-    return RebuiltGraph(graphdef, skeleton, fixed, matches, tuple(dict.fromkeys(added))), values
+    names = tuple(".".join(map(str, path)) for path in others)
+    return RebuiltGraph(graphdef, skeleton, fixed, matches, tuple(dict.fromkeys(added)), names), values
 
 
 class RebuiltGraph(Struct):
@@ -163,6 +167,8 @@ class RebuiltGraph(Struct):
     """Path after the run → path before it, of every part that existed before."""
     added: tuple[str, ...]
     """Types of variables that the run created."""
+    others: tuple[str, ...]
+    """What the run set, removed or replaced: `drop.deterministic`."""
 
     def put_into(self, module: nnx.Module, values: list[PyTree]) -> None:
         """Gives the objects of `module` the attributes of the run's copy; `values` are in the order of `skeleton`."""

@@ -34,12 +34,12 @@ from .base import (
     Variables,
     replaced,
 )
-from .calls import Args, Function, Kwargs, Path, has_tracer
+from .calls import Args, Function, Kwargs, Path, has_tracer, mask_of
 from .nnx_graph import (
     RebuiltGraph,
     assignment,
-    is_other,
     is_sown,
+    other_parts,
     parts_of,
     raw,
     same,
@@ -49,7 +49,6 @@ from .nnx_graph import (
     walk,
 )
 from .nnx_layout import Layout
-from .switch import mask_of
 
 Passed = tuple[nnx.Variable[Any], ...]
 """Variables of the NNX objects among a call's arguments."""
@@ -75,7 +74,7 @@ def forward(
         trace = object() if has_tracer(variables, keys, args, kwargs) else None
         mark(copy, trace)
         # After mode, reseeding and marks, so that only what the model itself changes counts as another structure.
-        nodes = [(node, parts) for _, node in walk(copy) if (parts := parts_of(node)) is not None]
+        nodes = [(path, node, parts) for path, node in walk(copy) if (parts := parts_of(node)) is not None]
         handed = None
         passed = [(variable, raw(variable)) for variable in variables_in((args, kwargs))]
         if rngs is not None:
@@ -108,9 +107,10 @@ def forward(
         changed = {str(i): raw(variable) for i, (variable, old) in enumerate(passed) if not same(old, raw(variable))}
         if changed:
             updates[ARGUMENTS] = changed
-        if any(is_other(node, parts) for node, parts in nodes):
+        others = [each for node in nodes for each in other_parts(*node)]
+        if others:
             undo()
-            record.structure, updates[STRUCTURE] = taken_from(copy, parts_before)
+            record.structure, updates[STRUCTURE] = taken_from(copy, parts_before, others)
         parts_after = dict(walk(copy))
         for slot in layout.slots:
             part = parts_after.get(slot.path)

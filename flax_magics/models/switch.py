@@ -11,17 +11,13 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import functools
 import inspect
 import re
-import sys
-import textwrap
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
-from types import CodeType, FrameType, NoneType
+from itertools import chain, dropwhile
+from types import FrameType, NoneType
 from typing import Any, TypeVar
 
 from flax.linen import transforms
@@ -29,7 +25,21 @@ from msgspec import Struct
 
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
-from .calls import Args, Kwargs, Path, without_self
+from .calls import (
+    Args,
+    Kwargs,
+    Path,
+    caller_of,
+    constructor,
+    first_line,
+    frame_of,
+    in_model,
+    is_flax,
+    made_in,
+    places_of,
+    self_of,
+    without_self,
+)
 
 T = TypeVar("T")
 
@@ -256,6 +266,27 @@ class CodePlace(Struct, frozen=True):
     literal: bool = False
 
 
+class Link(Struct, frozen=True):
+    """A call between the top and a layer's owner that does not hand on the switch.
+
+    Attributes:
+      caller: the class whose method makes the call, or the function (a loss) that does, with the line.
+      text: of the call, such as `Block()(x)`.
+      switch, value: the argument or field of what is called, and what it was.
+      source: what the call gives for it; empty text where nothing.
+      edit: the caller as it is to be: its first line, if that has to take the switch, and the call.
+      in_model: a module makes the call.
+    """
+
+    caller: str
+    text: str
+    switch: str
+    value: bool
+    source: CodePlace
+    edit: str
+    in_model: bool
+
+
 class Layer(Struct, frozen=True):
     """A dropout or normalization layer that was called in a trace, and whether it ran in its training behavior."""
 
@@ -276,24 +307,8 @@ class Layer(Struct, frozen=True):
     """The owner's method that called the layer."""
     stream: str = ""
     """The stream that a dropout layer takes a key from while it is on."""
-
-
-class _SwitchPlace(Struct, frozen=True):
-    """A call in the source that passes a layer its switch: `nn.Dropout(0.5, deterministic=True)` or `self.drop(x, …)`.
-
-    Attributes:
-      expression: the switch's expression.
-      line: line of the expression in the file or cell.
-      call: lines of the whole call.
-      name: the attribute that the call's value is assigned to (`self.name = …`), empty if none.
-      keyword: the switch is passed as a keyword, not by position.
-    """
-
-    expression: ast.expr
-    line: int
-    call: range
-    name: str
-    keyword: bool
+    link: Link | None = None
+    """The call around the owner that does not hand on the owner's switch, where the layer follows that."""
 
 
 def layer_of(kind: str, path: Path, module: object, around: list[Any], arguments: Mapping[str, object]) -> Layer | None:
@@ -309,13 +324,13 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], arguments
     if not isinstance(value, bool):
         return None
     is_training, stream = value is WHEN_TRAINING[name], _stream_of(module)
-    owner = next((each for each in around if not _is_flax(type(each))), None)
+    owner = next((each for each in around if not is_flax(type(each))), None)
     if owner is None:
         made_in = type(around[0] if around else module).__name__
         return Layer(kind, path, is_training, made_in, name, value, stream=stream)
-    frame = _frame_of(owner)
+    frame = frame_of(owner)
     line = None if frame is None else frame.f_lineno
-    written = list(_places_of(type(owner), type(module), name, in_call))
+    written = list(places_of(type(owner), type(module), name, in_call))
     # By the attribute's name first; else by the line that is running; else calls that are not assigned (in `@compact`).
     named = [place for place in written if place.name and place.name == re.sub(r"_\d+$", "", path[-1] if path else "")]
     here = [place for place in written if line in place.call]
@@ -330,7 +345,46 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], arguments
         source = CodePlace(texts.pop(), literal)
         made_in += f" (line {places[0].line})"
     own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
-    return Layer(kind, path, is_training, made_in, name, value, source, own_switch, method, stream)
+    link = None
+    if own_switch and following(name, own_switch) == f"{name}={source.text}":
+        link = _link([each for each in around if not is_flax(type(each))], own_switch, frame)
+    return Layer(kind, path, is_training, made_in, name, value, source, own_switch, method, stream, link)
+
+
+def _link(modules: list[Any], switch: str, frame: FrameType | None) -> Link | None:
+    """The innermost call that does not hand on the switch; None where each does, and where that cannot be told.
+
+    Args:
+      modules: from the layer's owner outwards.
+      switch: the owner's, as its running method, `frame`, writes it.
+    """
+    while frame is not None and switch:
+        name = switch.removeprefix("self.")
+        if name == switch:
+            (outside, call), value = caller_of(frame), frame.f_locals.get(name)
+            places = list(frame.f_code.co_varnames[self_of(frame) is not None :])
+        else:  # a field: it is given where the module is made
+            if len(modules) < 2:
+                return None
+            call, outside = made_in(*modules[:2]), frame_of(modules[1])
+            value, places = getattr(modules[0], name, None), list(constructor(type(modules[0])).parameters)
+        if call is None or outside is None or name not in places or not isinstance(value, bool):
+            return None
+        module = self_of(outside)
+        own_switch, code = _own_switch(module, outside), outside.f_code
+        given = call.argument(name, places.index(name))
+        *head, wanted = following(name, own_switch, code.co_name).splitlines()
+        if given != wanted.partition("=")[2]:
+            caller, source = f"`{code.co_name}`", CodePlace(given, given in ("True", "False"))
+            if module is not None:
+                caller = f"{type(module).__name__} (line {call.line})"
+            elif head:
+                head = [first_line(code, "train")]
+            edit = "\n  … ".join([*head, call.with_argument(wanted, places.index(name))])
+            return Link(caller, call.text, name, value, source, edit, in_model(outside))
+        modules = [*dropwhile(lambda each, module=module: each is not module, modules)]  # type: ignore[misc]
+        switch, frame = own_switch, outside
+    return None
 
 
 def _stream_of(layer: object) -> str:
@@ -342,93 +396,22 @@ def _stream_of(layer: object) -> str:
     return name if held is None else str(held.key.tag)
 
 
-def _is_flax(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "flax"
-
-
-def _frame_of(module: object) -> FrameType | None:
-    """The innermost frame of user code whose first argument is `module`, that is, a running method of it."""
-    for frame, _ in traceback.walk_stack(sys._getframe(1)):
-        code = frame.f_code
-        is_ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
-        if not is_ours and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            return frame
-    return None
-
-
 def _own_switch(module: object, frame: FrameType | None) -> str:
     """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`; or empty.
 
-    An argument of the running method (`frame`) comes before fields.
+    An argument of the running method (`frame`) comes before fields; a function (`module` is None) has nothing else.
     """
     code = None if frame is None else frame.f_code
-    arguments = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    arguments = (
+        () if code is None else (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_freevars)
+    )
+    if module is None:
+        return next((name for name in arguments if name in WHEN_TRAINING), "")
     held = [(name, value) for name, value in vars(module).items() if dataclasses.is_dataclass(value)]
     configs = {f"self.{name}.": value for name, value in held if not (hasattr(value, "scope") or name.startswith("_"))}
     places = ((prefix, value, name) for prefix, value in {"self.": module, **configs}.items() for name in WHEN_TRAINING)
     fields = (prefix + name for prefix, value, name in places if isinstance(getattr(value, name, None), bool))
     return next(chain((name for name in arguments if name in WHEN_TRAINING), fields), "")
-
-
-def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
-    """Every call in the class's methods that passes `switch` to a `layer`: calls of it (`in_call`) or constructions."""
-    function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
-    parameters = list(inspect.signature(function).parameters)  # without `self`
-    position = parameters.index(switch) if switch in parameters else None
-    for base in cls.__mro__:
-        if _is_flax(base) or base is object:
-            continue
-        for function in vars(base).values():
-            code = None
-            with suppress(ValueError):  # it is wrapped in itself
-                code = getattr(inspect.unwrap(function), "__code__", None)
-            for call, start, name in _calls_in(code) if isinstance(code, CodeType) else ():
-                if _makes(call, layer) is in_call:
-                    continue
-                place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
-                expression = next((item.value for item in call.keywords if item.arg == switch), None)
-                keyword = expression is not None
-                # The positional arguments of `partial` begin with the layer itself, so they are off by one.
-                if not keyword and position is not None and len(call.args) > position:
-                    expression = call.args[position] if _last(call.func) != "partial" else None
-                if expression is not None:
-                    yield _SwitchPlace(expression, expression.lineno + start - 1, place, name, keyword)
-
-
-@functools.lru_cache(maxsize=64)  # a model's layers ask for the same methods, one after the other
-def _calls_in(code: CodeType) -> tuple[tuple[ast.Call, int, str], ...]:
-    """Every call in a function: the line that its own lines count from, and the attribute that it is assigned to or ""."""
-    try:
-        lines, start = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return ()
-    assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    pairs = [(target, node.value) for node in assigns for target in node.targets]
-    attributes = [(target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute)]
-    names = {id(call): attribute for attribute, value in attributes for call in ast.walk(value)}
-    return tuple((node, start, names.get(id(node), "")) for node in ast.walk(tree) if isinstance(node, ast.Call))
-
-
-def _makes(call: ast.Call, layer: type) -> bool:
-    """Whether a call constructs the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
-    return layer.__name__ in {_last(call.func), *(_last(arg) for arg in call.args if _last(call.func) == "partial")}
-
-
-def _last(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def mask_of(module: Any, args: Args, kwargs: Kwargs) -> tuple[tuple[int, ...], float] | None:
-    """(shape, rate) of the mask that a linen or NNX dropout draws when called with these arguments; None if unknown."""
-    inputs = args[0] if args else kwargs.get("inputs")
-    shape, rate = getattr(inputs, "shape", None), module.rate
-    if shape is None or not isinstance(rate, (int, float)):
-        return None
-    whole = list(shape)
-    for dim in module.broadcast_dims:
-        whole[dim] = 1  # the mask is broadcast along these axes
-    return tuple(whole), float(rate)
 
 
 def by_place(

@@ -214,7 +214,7 @@ class CommandUse(Record):
           gives_run: the command's value is the Run, not its output.
         """
         expression, assign = self.read_body()
-        with self.notebook.working("preparing", quiet=self["quiet"]) as live:
+        with self.notebook.working("preparing", quiet=self["quiet"], out=self["out"]) as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished

@@ -120,12 +120,13 @@ class BriefCommand:
 class CommandInProgress(BriefCommand):
     """A command at work, with a live line from its beginning on.
 
-    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps.
+    A training that is not `quiet` has its curve in the place of the line, and if it fails the report of its finished steps;
+    the name `out` is then bound to their Run.
     """
 
-    def __init__(self, notebook: Notebook, what: str, *, quiet: bool) -> None:
+    def __init__(self, notebook: Notebook, what: str, *, quiet: bool, out: str | None) -> None:
         super().__init__(notebook, what)
-        self._quiet = quiet
+        self._quiet, self._out = quiet, out
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
         self._curve_before = self.session.last_curve
 
@@ -144,7 +145,12 @@ class CommandInProgress(BriefCommand):
         if curve is None or curve is self._curve_before:
             return super()._show_finished_steps()
         (run,) = self.session.last(1)
-        self._notebook.reporter.report(run, self.live, quiet=self._quiet)
+        # `name = %flax_train …` binds nothing where the line fails.
+        where = "flax_magics.session().runs[-1]" if self._out is None else self._out
+        if self._out is not None:
+            self._notebook.shell.user_ns[self._out] = run
+        notes = (_with(note, f" · `{where}` is its Run") if note.kind == "stopped" else note for note in run.notes)
+        self._notebook.reporter.report(run.with_notes(tuple(notes)), self.live, quiet=self._quiet)
         return run.steps
 
 
@@ -272,9 +278,9 @@ class Notebook:
         in_kernel = getattr(self.shell, "kernel", None) is not None
         return width() if in_kernel or on_terminal(self.shell) else 0
 
-    def working(self, what: str, *, quiet: bool = False) -> CommandInProgress:
+    def working(self, what: str, *, quiet: bool = False, out: str | None = None) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self, what, quiet=quiet)
+        return CommandInProgress(self, what, quiet=quiet, out=out)
 
     def prepare(self) -> None:
         """Loads what showing a run takes, while XLA compiles on other threads: the templates, unless no HTML is shown."""
@@ -295,6 +301,13 @@ class Notebook:
             from ..snapshot.view import autosave_failed
 
             self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
+
+
+def _with(note: Note, more: str) -> Note:
+    """A note with more text."""
+    from msgspec.structs import replace
+
+    return replace(note, text=note.text + more)
 
 
 def _cell_id(info: object, shell: Any) -> str | None:

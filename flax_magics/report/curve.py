@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -51,9 +51,44 @@ def epochs_of(curve: Curve) -> tuple[str, ...]:
     return (f"epoch {whole}" if steps % curve.epoch == 0 else f"epoch {whole}.{tenths}",)
 
 
+def batch_of(curve: Curve) -> tuple[str, ...]:
+    """How many rows of its arrays a step takes; empty for an iterable of batches, and where it is not known."""
+    batch = curve.task.batch
+    if not curve.task.optimizer or not curve.task.arrays:
+        return ()
+    return ("all rows in each step: no --batch" if batch is None else f"batches of {count(batch)}",)
+
+
 def latest(curve: Curve) -> tuple[str, ...]:
     """Loss and metrics after the last step, and those of the last look at the `--eval` data."""
     return tuple(f"{series.name} {_number(series.values[-1])}" for series in series_of(curve))
+
+
+def _latest_with_means(curve: Curve) -> Iterator[str]:
+    """The same with the means of the last epoch: the last batch alone may be a few rows."""
+    for text, series in zip(latest(curve), series_of(curve), strict=True):
+        yield f"{text} (epoch mean {_number(series.epochs[-1])})" if series.epochs else text
+
+
+def epoch_means(curve: Curve, values: HostArray) -> tuple[float, ...]:
+    """The mean of a loss or metric over the examples of the first and of the last whole epoch.
+
+    One number where they are the same epoch; none where the batches of an epoch are not known.
+
+    Args:
+      values: one for each step.
+    """
+    epoch, batch, steps = curve.epoch or 0, curve.task.batch or 0, len(values)
+    whole = steps // epoch if epoch > 1 and batch and curve.task.arrays else 0
+    if not whole:
+        return ()
+    # The last batch of an epoch has what is left of the rows.
+    rows, left = divmod(curve.examples - steps % epoch * batch, whole)
+    last = rows - (epoch - 1) * batch
+    if left or not 0 < last <= batch:
+        return ()
+    ends = (values[begin : begin + epoch] for begin in sorted({0, (whole - 1) * epoch}))
+    return tuple((float(each[:-1].sum(dtype=float)) * batch + float(each[-1]) * last) / rows for each in ends)
 
 
 def rates(curve: Curve) -> tuple[str, ...]:
@@ -72,7 +107,7 @@ def rates(curve: Curve) -> tuple[str, ...]:
 def outcome(curve: Curve) -> tuple[str, ...]:
     """What a training has come to: `step 300 of 500`, `epoch 2.1`, why it was stopped, loss and metrics."""
     stopped = (cut(clean(curve.stopped), 60),) if curve.stopped else ()
-    return (_step(curve), *epochs_of(curve), *stopped, *latest(curve))
+    return (_step(curve), *epochs_of(curve), *stopped, *_latest_with_means(curve))
 
 
 def news(curve: Curve) -> list[str]:
@@ -105,12 +140,13 @@ def _number(value: float) -> str:
 
 
 class Series(Struct, frozen=True, eq=False, dict=True):
-    """The values of a loss or a metric, and after how many steps each was taken."""
+    """The values of a loss or a metric, after how many steps each was taken, and `epoch_means`."""
 
     name: str
     steps: HostArray
     values: HostArray
     is_loss: bool = False
+    epochs: tuple[float, ...] = ()
 
     @property
     def change(self) -> str:
@@ -120,17 +156,22 @@ class Series(Struct, frozen=True, eq=False, dict=True):
 
     @property
     def best(self) -> str:
-        """The lowest loss, `lowest 0.198 at step 287`; of a metric the highest value if it has rather risen.
+        """The means of the first and the last epoch, `by epoch 2.1 → 0.41`; where none are known the lowest loss,
+        `lowest 0.198 at step 287`, or the range of a metric, `0.125 at step 1 … 0.938 at step 5`.
 
-        Nobody says of a metric whether more is better, so it is not called the best.
+        Nobody says of a metric whether more is better, so it has both ends.
         """
         steps, values = self.finite
         texts = []
-        if len(values) and len(self.values) > 1:
-            first, second = values[: (len(values) + 1) // 2], values[len(values) // 2 :]
-            rises = not self.is_loss and second.mean(dtype=float) >= first.mean(dtype=float)
-            at = int(values.argmax() if rises else values.argmin())
-            texts.append(f"{'highest' if rises else 'lowest'} {_number(values[at])} at step {count(int(steps[at]))}")
+        if self.epochs:
+            first, last = _number(self.epochs[0]), _number(self.epochs[-1])
+            texts.append(f"by epoch {first} → {last}" if len(self.epochs) > 1 else f"epoch mean {first}")
+        elif len(values) and len(self.values) > 1:
+            ends = [
+                f"{_number(values[at])} at step {count(int(steps[at]))}" for at in (values.argmin(), values.argmax())
+            ]
+            constant = not self.is_loss and values.min() == values.max()
+            texts += [] if constant else [f"lowest {ends[0]}"] if self.is_loss else [" … ".join(ends)]
         if len(self.broken):
             times = plural(len(self.broken), "time")
             texts.append(f"not finite {times}, first at step {count(int(self.broken[0]))}")
@@ -152,8 +193,10 @@ class Series(Struct, frozen=True, eq=False, dict=True):
 def series_of(curve: Curve) -> list[Series]:
     """Loss and metrics of the steps, then those of the looks at the `--eval` data; none that has no values."""
     steps = np.arange(1, len(curve.losses) + 1)
-    series = [Series("loss", steps, curve.losses, is_loss=True)]
-    series += [Series(clean(name), steps, values) for name, values in curve.metrics.items()]
+    series = [Series("loss", steps, curve.losses, is_loss=True, epochs=epoch_means(curve, curve.losses))]
+    series += [
+        Series(clean(name), steps, values, epochs=epoch_means(curve, values)) for name, values in curve.metrics.items()
+    ]
     looks = curve.evals
     if looks:
         at = np.array([look.step for look in looks])
@@ -165,7 +208,7 @@ def series_of(curve: Curve) -> list[Series]:
 
 
 def lines(curve: Curve) -> list[str]:
-    """A line for each loss and metric: sparkline, first and last value, and the lowest or highest."""
+    """A line for each loss and metric: sparkline, first and last value, and how the means of epochs went, or its ends."""
     shown = series_of(curve)
     logarithmic = is_logarithmic(shown)
     texts = [(f"{one.name}, log" if logarithmic and one.is_loss else one.name, one.change, one.best) for one in shown]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
+from ..base.curve import ROW_ORDER
 from ..base.digest import data_of, describe, is_gone
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
 from ..base.types import Leaf
@@ -138,6 +139,8 @@ def last_draw(run: Run) -> int:
 
 def new_session(run: Run) -> str:
     """The line above the first report of a session, and above that of a run which registered its model; else empty."""
+    if run.resumed:  # these were reported when it began
+        return ""
     model = f"{name_of(run)} registered: {clean(run.registered)}" if run.registered else ""
     return " · ".join(filter(None, (f"new session, seed {run.seed}" if run.first else "", model)))
 
@@ -147,7 +150,7 @@ def brief(run: Run) -> tuple[str, ...]:
     if not run.kind.model:
         return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
     parts = [draw_of(run, seed=False), *([] if run.mesh is None else [clean(run.mesh.name)])]
-    if run.made is not None:
+    if run.made is not None and not run.resumed:
         parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
     parts += REPORTED[run.command].cost(run)
     parts += [f"mean {_number(spread.mean)} ± {_number(spread.deviation)}" for spread in run.spread[:1]]
@@ -194,6 +197,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     """The rows of the normal report in order, without those that have nothing to say."""
     timing, forward = run.timing, run.kind.forward
     static = f"{', '.join(map(clean, run.static))} (part of the program: another value compiles again)"
+    began = "began as " if run.kind.trains else ""
     busy, wait = _waits(timing)
     waits = [f"the interrupted run had the device for {seconds(busy)} more"] if busy else []
     waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
@@ -204,7 +208,7 @@ def rows(run: Run) -> tuple[Row, ...]:
         Row("steps", steps_of(run)),
         Row("out", out_of(run) if forward and not run.kind.trains else ()),
         Row("samples", samples_of(run)),
-        Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
+        Row("vars", (*((began + clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
         Row("sown", tuple(f"{clean(name)}: {clean(describe(value))}" for name, value in run.sown.items())),
         Row("keys", keys_of(run)),
         Row("static", (static,) if run.static else ()),
@@ -223,7 +227,7 @@ def steps_of(run: Run) -> tuple[str, ...]:
     if run.trained is None:
         return ()
     group = (f"{run.trained.group} in one program",) if run.trained.group > 1 else ()
-    return (curve.steps_of(run.trained), *curve.epochs_of(run.trained), *group)
+    return (curve.steps_of(run.trained), *curve.epochs_of(run.trained), *curve.batch_of(run.trained), *group)
 
 
 def trained_in(run: Run) -> tuple[str, ...]:
@@ -295,7 +299,7 @@ def _number(value: float) -> str:
 
 def _made(run: Run) -> tuple[str, ...]:
     """How many variables the run initialised, and their bytes; empty if it made none."""
-    if run.made is None:
+    if run.made is None or run.resumed:
         return ()
     if not run.made.parameters:
         return ("no parameters",)
@@ -320,6 +324,7 @@ def keys_of(run: Run) -> tuple[str, ...]:
     # That a `params` key has no taker is no news either: variables were there, as usual.
     shown = {stream for stream in run.keys if where[stream] != "nobody" or (stream in run.idle and stream != "params")}
     where = {stream: taker + ", layers off" * (taker == "nobody") for stream, taker in where.items()}
+    shown -= {"params"} if run.resumed else set()
     return tuple(f"{clean(stream)} → {where[stream]}" for stream in run.keys if stream in shown)
 
 
@@ -446,7 +451,9 @@ def key_facts(run: Run) -> tuple[KeyFact, ...]:
     facts, reported, draw = list[KeyFact](), REPORTED[run.command], getattr(run.keys, "draw", None)
     for stream in dict.fromkeys((*run.keys, *(SPLIT if run.kind.model else ()))):
         taker = "you" if not run.kind.model else takers(run, stream) if stream in run.keys else "nobody"
-        if taker == "nobody":
+        if stream == ROW_ORDER:
+            taker = "the order of the rows"
+        elif taker == "nobody":
             taker = reported.unused.get(stream) or reported.unused[None]
         folded = f"fold_in(root, {stream_tag('params' if stream == FOLDED else stream)})"
         made_by = f"split(root, 3)[{1 + SPLIT.index(stream)}]" if stream in SPLIT else folded

@@ -184,7 +184,7 @@ _STYLES = (
     (r"^ +(?:draw  +what|module) .*$", "dim"),
     (r"(?<![\w.,])\d[\d.,]* (?:µs|ms|s|min|h)\b", "cyan"),
     (r"^ *! ", "bold yellow"),
-    (r"^  (?:write|form|in your model): ", "green"),
+    (r"^  (?:write|form|in your (?:model|loss)): ", "green"),
 )
 """What stands in a report, as regular expressions, and rich's style for it; a later one goes on top of an earlier one."""
 

@@ -46,7 +46,7 @@ class AnyEntry(Struct, frozen=True):
     source: WeightSource | None = None
     """Where the variables came from; None as long as there are none."""
     replaced: Replaced | None = None
-    """Variables that the last init replaced, if they were more than what an earlier init had made."""
+    """Variables that the last init replaced, if they were more than an init's own; or a training that diverged."""
     optimizer: Optimizer | None = None
     """The one of the last training, which later ones use where none is named."""
     training: Training | None = None

@@ -80,6 +80,8 @@ class RegisteredModel:
     def previous(self) -> PyTree:
         """The variables that the last init replaced, if they were set, loaded or trained, or written by runs.
 
+        After a training whose loss grew until it was not finite, those from before it.
+
         Raises:
           FlaxMagicsError: there are none, or they were dropped to stay within `replay_bytes`.
         """

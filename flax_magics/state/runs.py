@@ -68,7 +68,8 @@ class StoredRun:
         self._facts: Run | None = replace(run, output=RELEASED, inputs=RELEASED, sown={})
         self._output = _weakly(run.output)
         self._sown = _weakly(dict(run.sown)) if run.sown else None
-        self._shapes: str | None = None
+        # A training begins without the switch that it gives its loss, and is told with it.
+        self._shapes = describe_inputs(run.inputs) if inputs is not None and run.kind.trains else None
         self.replays = (0, False)
         self.origin = origin
         self.record: CallTrace | None = None if origin is None else origin.record

@@ -19,6 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import is_gone, kind_of, quick_digest
+from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..errors import FlaxMagicsError, nearest, written
 from ..rng.keys import Draw
@@ -73,12 +74,14 @@ class WeightSource(Struct, frozen=True):
       seed: of the draw that initialised them; None where none did.
       changed: the user's code has replaced them since, in the NNX module or in the dict that holds them.
       marks: collection → what its arrays are recognised by.
+      steps: of all trainings that they have had since they were initialised, set or loaded.
     """
 
     text: str
     seed: int | None = None
     changed: bool = False
     marks: Mapping[str, Mark] = {}
+    steps: int = 0
 
     @classmethod
     def initialised(cls, draw: Draw, variables: Collections, *, in_module: bool = False) -> WeightSource:
@@ -95,6 +98,19 @@ class WeightSource(Struct, frozen=True):
     def loaded(cls, file: str, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source of variables that were read from a file."""
         return cls(f"loaded from {file}").over(variables, in_module=in_module)
+
+    @classmethod
+    def trained(cls, before: WeightSource | None, draw: Draw, steps: int, resumed: int) -> WeightSource:
+        """The source of variables that a training has made of others.
+
+        Args:
+          before: where these came from.
+          steps: of the training so far, of which `resumed` were finished before.
+        """
+        earlier = 0 if before is None or before.changed else before.steps
+        total = max(earlier, resumed) + steps - resumed
+        of_draw = f" ({steps:,} in draw {draw.number})" if total != steps else ""
+        return cls(f"trained, {plural(total, 'step')}{of_draw}", steps=total)
 
     @classmethod
     def own(cls, name: str) -> WeightSource:

@@ -37,6 +37,11 @@ from .step import Step
 
 ROWS = 4
 """How many rows of a batch are named."""
+STOP = "stop_gradient"
+"""The primitive of `jax.lax.stop_gradient`."""
+STOPPED = "has no gradient: `jax.lax.stop_gradient` keeps it from the loss"
+UNREAD = "has no gradient: the loss does not depend on it"
+"""What is said of a module that a loss does not use."""
 
 
 def notes_of(execution: Execution, run: Run) -> Iterator[Note]:
@@ -220,12 +225,24 @@ class Evaluated:
 
     def dead(self, paths: frozenset[Path]) -> Iterator[Note]:
         """Notes on those of the modules at `paths`, which have no gradient, for which a reason is measured."""
-        silent, unused = self._behind_dead_relus(paths), self._unused()
+        silent, unused, stopped = self._behind_dead_relus(paths), self._unused(), self._unused(through_stops=False)
         for path in sorted(paths):
             if path in silent:
                 yield Note("gradient", f"{_name(path)} has no gradient: relu's input is negative for every example")
             elif path in unused:
-                yield Note("gradient", f"{_name(path)} has no gradient: the loss does not depend on it")
+                yield Note("gradient", f"{_name(path)} {UNREAD}")
+            elif path in stopped:
+                yield Note("gradient", f"{_name(path)} {STOPPED}{self._line_of_stop(path)}")
+
+    def _line_of_stop(self, path: Path) -> str:
+        """The line of the first `stop_gradient` behind a module; empty where it is unknown."""
+        for level, equation in self.top.equations():
+            places = [(level, atom) for atom in equation.invars]
+            # A loss has others: optax takes the largest logit so.
+            if equation.primitive.name == STOP and self._nearest(frozenset({path}), places):
+                line = _line_of(equation)
+                return f", {line}" if line else ""
+        return ""
 
     def _behind_dead_relus(self, paths: frozenset[Path]) -> set[Path]:
         """Those of the modules at `paths` that are the last before a relu which is given nothing but negative numbers."""
@@ -261,18 +278,24 @@ class Evaluated:
                     places += ((level, each) for each in equation.invars)
         return nearest
 
-    def _unused(self) -> set[Path]:
-        """The modules on whose variables the loss does not depend."""
+    def _unused(self, *, through_stops: bool = True) -> set[Path]:
+        """The modules on whose variables the loss does not depend; `through_stops`: see `unread`."""
         jaxpr = self.top.jaxpr
-        return unread(
-            jaxpr, [var for name, var in zip(self.fields, jaxpr.outvars, strict=True) if name == "loss"], self.names
-        )
+        loss = [var for name, var in zip(self.fields, jaxpr.outvars, strict=True) if name == "loss"]
+        return unread(jaxpr, loss, self.names, through_stops=through_stops)
 
 
-def unread(jaxpr: Jaxpr, outputs: Sequence[Atom], names: Sequence[str]) -> set[Path]:
-    """The modules on whose variables some `outputs` do not depend; `names` are those of the inputs."""
+def unread(jaxpr: Jaxpr, outputs: Sequence[Atom], names: Sequence[str], *, through_stops: bool = True) -> set[Path]:
+    """The modules on whose variables some `outputs` do not depend.
+
+    Args:
+      names: those of the inputs.
+      through_stops: what a `stop_gradient` is given counts, too.
+    """
     needed = set(map(id, outputs))
     for equation in reversed(jaxpr.eqns):
+        if equation.primitive.name == STOP and not through_stops:
+            continue
         if any(id(var) in needed for var in equation.outvars):
             needed.update(map(id, equation.invars))
     unused: dict[Path, bool] = {}
@@ -295,8 +318,11 @@ def notes_of_unused(traced: TracedCall[None], kinds: Collection[str], frozen: Co
     paths, _ = jax.tree_util.tree_flatten_with_path(inputs_of(request, traced.needs))
     names = [_named(path) for path, _ in paths]
     of_parameters = [name if name.removeprefix(VARIABLE).partition("/")[0] in kinds else "" for name in names]
-    for path in sorted(unread(jaxpr, jaxpr.outvars[:1], of_parameters) - set(frozen)):
-        yield Note("gradient", f"{_name(path)} has no gradient: the loss does not depend on it")
+    unused, kept = unread(jaxpr, jaxpr.outvars[:1], of_parameters), set(frozen)
+    for path in sorted(unused - kept):
+        yield Note("gradient", f"{_name(path)} {UNREAD}")
+    for path in sorted(unread(jaxpr, jaxpr.outvars[:1], of_parameters, through_stops=False) - unused - kept):
+        yield Note("gradient", f"{_name(path)} {STOPPED}")
 
 
 def _name(path: Path) -> str:

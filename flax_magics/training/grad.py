@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -14,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import owned_copy
-from ..base.types import PyTree, Record
+from ..base.types import PyTree
 from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
@@ -22,19 +20,19 @@ from ..compile.placement import in_force
 from ..errors import nearest, written
 from ..execution import notes, record
 from ..execution.build import renewed
-from ..execution.call import BoundCall, Call
+from ..execution.call import Call
 from ..execution.execute import ApplyRequest, Execution, execute
 from ..line.expression import with_arguments
 from ..line.options import ApplyOptions
-from ..models.base import CallTrace
-from ..models.switch import WHEN_TRAINING, call_switches, setting_of, written_in_call
+from ..models.switch import WHEN_TRAINING, setting_of, written_in_call
 from ..rng.keys import Draw
 from ..run import Note, Run, like
 from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
 from . import diagnosis, layers
-from .loss import METHOD, Loss, OtherNet, check_arguments, transformed
+from .loss import METHOD, Loss, OtherNet, check_arguments
+from .mistakes import mistakes_told, without_net
 from .nets import is_frozen
 
 
@@ -105,19 +103,6 @@ class LossCall(Struct, frozen=True):
         return cls(entry, loss, request, read, anew)
 
 
-class leaks_told(Record, contextlib.AbstractContextManager["leaks_told"]):
-    """Tells of a value of a transform inside the trace, which linen has written into its scope there, in one message."""
-
-    name: str
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, jax.errors.UnexpectedTracerError):
-            return
-        # Of one that the user's own code has kept from an earlier trace JAX tells all there is to say.
-        if f"{os.sep}flax{os.sep}" in str(error) or "DynamicJaxprTracer" not in str(error):
-            raise transformed(self.name, error) from None
-
-
 def grad_model(
     state: State,
     entry: ModelEntry,
@@ -144,7 +129,7 @@ def grad_model(
     started, users_entry, name = time.time(), entry, entry.name
     ready = LossCall.of(state, entry, loss, call, services, mode=mode, said=said, again=again)
     entry, loss, draw, anew = ready.entry, ready.loss, ready.request.draw.first, ready.anew
-    with leaks_told(loss.name):
+    with mistakes_told(loss, call):
         execution = execute(ready.request)
     made, gradients = execution.variables.made, execution.result.output
     names = loss.collections_of(gradients.updates)
@@ -162,7 +147,10 @@ def grad_model(
     rows = layers.of(gradients, loss, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
-    run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in ready.read])))
+    remarks = list(_notes(execution, loss, run, entry, [other.name for other in ready.read]))
+    run = run.with_notes(
+        (*said, *without_net(loss, remarks, len([one for one in rows if one.frozen < one.parameters])))
+    )
     recipe = record.recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(owned_copy, leaves))), recipe.size)
@@ -220,7 +208,7 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
     """The sharp bits of one run."""
     request, result, line = execution.request, execution.result, execution.request.line
     bound, services, name = request.bound, request.services, request.entry.name
-    yield from of_switch(name, bound, execution.result.trace, loss)
+    yield from notes.of_mode(name, bound, bound.mode, execution.result.trace, loss=loss.name)
     known = {stream for needs in request.entry.known_needs.values() for stream in needs.streams}
     yield from notes.of_streams(result.trace, known)
     in_call = dict(notes.keys_in(execution.arguments, services.seen, ()))
@@ -235,23 +223,6 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
         yield Note("constant", f"`{other}` is read as a constant: it gets no gradient, and keeps what it had")
     yield from of_freeze(loss, entry, execution.built.request.variables, bound.call)
     yield from diagnosis.notes_of(execution, run)
-
-
-def of_switch(name: str, bound: BoundCall, trace: CallTrace, loss: Loss) -> Iterator[Note]:
-    """Layers that behave the other way; where a switch of the net's call is not passed on by the loss, that one."""
-    wrong = notes.of_mode(name, bound, bound.mode, trace)
-    passes = set(call_switches(bound.signature))
-    for note in wrong:
-        if note.kind == "mode":  # that the net has no switch is no news: nobody asked for a mode
-            continue
-        if loss.switches and not passes:
-            switch = loss.switches[0]
-            what = note.text.partition(" although ")[0]
-            text = f"{what}: `{loss.name}` leaves `{switch}` of the net's call at its default"
-            edit = f"def {loss.name.rpartition('.')[2]}(net, batch, {switch}):\n  … net(…, {switch}={switch})"
-            yield Note("switch", text, edit=edit)
-            return
-        yield note
 
 
 def of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:

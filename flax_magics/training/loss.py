@@ -271,6 +271,7 @@ def read(name: str, output: PyTree) -> tuple[Leaf, Mapping[str, Leaf] | None]:
             f"`{name}` returns {what} as its loss, and a loss is one floating-point number: it may return that alone,"
             " or with a dict of metrics beside it.",
             edit="return ….mean()" if mean else None,
+            where="loss",
             form=None if mean else f"def {name}(net, batch):\n  …\n  return loss, {{'accuracy': accuracy}}",
         )
     if metrics is None:
@@ -286,6 +287,7 @@ def read(name: str, output: PyTree) -> tuple[Leaf, Mapping[str, Leaf] | None]:
         raise FlaxMagicsError(
             f"`{name}` returns {wrong}, and metrics are a dict of scalars: one number to a name.",
             edit="return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
+            where="loss",
         )
     return value, dict(metrics)
 

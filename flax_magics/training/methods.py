@@ -201,7 +201,10 @@ class LossMethods:
             begun = None if options.resume else beginning_of(state, entry, loss, call, options, limit=limit)
             commit = Committing(self, state, begun, lambda recipe: goes_on_as(recipe, loss, call, options))
             said = (*more, *notes)
-            return train_model(state, entry, loss, call, options, services=self.services, said=said, commit=commit)
+            services = self.services
+            return train_model(
+                state, entry, loss, call, options, services=services, said=said, commit=commit, limit=limit
+            )
 
     @until_committed
     def run_grad(
@@ -281,6 +284,8 @@ class Committing:
         if last and stored.origin is not None:
             session._keeping.noted.append(stored)
             session._keeping.look(stored.size)
+        before = self._before.models.get(entry.name)
+        session._keeping.replace(None if before is None else before.replaced, entry.replaced)
         # A snapshot takes time of this thread: there is another one once that before is written.
         if session.autosaving is not None and (last or session.autosaving.idle):
             session.autosaving.after(stored.facts, state)

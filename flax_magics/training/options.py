@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 from msgspec.structs import replace
 
@@ -32,7 +33,9 @@ def resumed_of(entry: ModelEntry, call: Call) -> Training:
             f"`{entry.name}` has no training to go on with: no step of one is finished, or others took its weights."
         )
         command = without_option(call.command, "--resume")
-        raise FlaxMagicsError(message, form=f"{command} --optimizer … --steps … {call.text}")
+        missing = "" if "--optimizer" in command else " --optimizer …"
+        missing += "" if re.search("--(epochs|steps)", command) else " --steps …"
+        raise FlaxMagicsError(message, **written(f"{command}{missing} {call.text}"))
     return entry.training
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from ..base.curve import ROW_ORDER, Curve
 from ..base.measures import MeshUse, Timing, devices_of
-from ..base.text import join, plural
+from ..base.text import join
 from ..base.types import PyTree
 from ..compile.initialise import made_of
 from ..compile.trace import TracedCall
@@ -17,7 +17,7 @@ from ..execution.call import Call
 from ..execution.execute import RunVariables
 from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, ExportFacts, Note, Run
-from ..state.entry import ModelEntry, NnxEntry, by_kind
+from ..state.entry import ModelEntry, NnxEntry, Replaced, by_kind
 from ..state.state import State
 from ..state.training import CodeDigests, Position, Training, TrainOptions
 from ..state.weights import WeightSource
@@ -54,7 +54,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
       state: of the session, before it.
       call: as the user wrote it, all the data in it.
       options: completed.
-      variables: those that it began with.
+      variables: those that it began with; `source`: where they came from, as they were then.
       traced: the loss.
       taken: the draw's `params` key is used already, see `Draw.stream`.
       streams: those that its steps take.
@@ -69,6 +69,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
     call: Call
     options: TrainOptions
     variables: RunVariables
+    source: WeightSource | None
     traced: TracedCall[None]
     step: Step
     taken: bool
@@ -92,6 +93,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
         timing: Timing,
         final: bool,
         mesh: MeshUse | None = None,
+        replaced: Replaced | None = None,
     ) -> Progress:
         """What there is to commit after the finished steps.
 
@@ -100,9 +102,11 @@ class TrainingRecord(Struct, frozen=True, eq=False):
           program: where it came from.
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
           mesh: what it makes of the session's mesh.
+          replaced: the weights from before it, where they are kept for `models[name].previous`.
         """
         ready, values = self.ready, dict(state.variables)
         entry = self._entry_after(state, curve, position, final=final)
+        entry = entry if replaced is None else replace(entry, replaced=replaced)
         output = self.step.loss.as_users(values) if final else RELEASED
         run = self._run(curve, output, entry, notes=notes, program=program, timing=timing, device=devices_of(values))
         run = run if mesh is None else replace(run, mesh=mesh)
@@ -133,9 +137,10 @@ class TrainingRecord(Struct, frozen=True, eq=False):
             position=position,
             mesh="" if request.placement is None else request.placement.axes,
         )
-        new = steps - (0 if self.resumed is None else self.resumed.step)
+        resumed = 0 if self.resumed is None else self.resumed.step
+        new = steps - resumed
         counts = {name: before.update_counts.get(name, 0) + new for name in loss.written(self.traced.trace)}
-        source = WeightSource(f"trained, {plural(steps, 'step')}")
+        source = WeightSource.trained(self.source, request.draw.first, steps, resumed)
         return replace(
             before.trained(state.variables, source, last=final),
             model=users.model if ready.anew else ready.entry.model,

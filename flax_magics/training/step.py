@@ -15,6 +15,7 @@ from ..compile.placement import Placement
 from ..errors import FlaxMagicsError
 from ..models.base import STRUCTURE, CallTrace, Needs, Updates, Variables
 from ..models.calls import Arguments, Kwargs
+from ..models.switch import WHEN_TRAINING
 from .loss import Loss
 
 
@@ -180,7 +181,14 @@ def with_updates(variables: Variables, updates: Updates, record: CallTrace) -> V
       FlaxMagicsError: an NNX module has got other attributes, so that the next step would be another program.
     """
     if STRUCTURE in updates:
-        raise FlaxMagicsError("the loss gives the module other attributes than it had: a step cannot do that.")
+        others = () if record.structure is None else record.structure.others
+        hint = None
+        if any(name.rpartition(".")[2] in WHEN_TRAINING for name in others):
+            hint = "the command sets the mode of the net: leave `.eval()` and `.train()` out of the loss"
+        named = ", ".join(f"`{name}`" for name in others[:4]) + (
+            f" and {len(others) - 4} more" if len(others) > 4 else ""
+        )
+        raise FlaxMagicsError(f"the loss sets {named} of the net, and a step keeps no other attributes.", hint=hint)
     updated = dict(variables)
     for name in updates.keys() & variables.keys() - record.sown:
         before, after = variables[name], updates[name]

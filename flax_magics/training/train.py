@@ -26,19 +26,20 @@ from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import RunVariables, held_variables, placed, plain_errors, wanted_of, with_added
 from ..models.base import MissingVariables
 from ..run import Note, Run
-from ..state.entry import ModelEntry
+from ..state.entry import ModelEntry, Replaced
 from ..state.state import State
 from ..state.training import Training, TrainOptions
-from ..state.weights import WeightSource
+from ..state.weights import PREVIOUS, WeightSource
 from . import by_hand, layers
 from . import data as training_data
 from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
-from .grad import LossCall, leaks_told, of_freeze, of_switch
+from .grad import LossCall, of_freeze
 from .group import Groups
 from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
+from .mistakes import mistakes_told, without_net
 from .options import completed, data_text, position_of, resumed_of, task_of
 from .programs import StepPrograms
 from .record import Progress, TrainingRecord
@@ -66,6 +67,7 @@ def train_model(
     services: Services,
     said: tuple[Note, ...],
     commit: Callable[[Progress], None],
+    limit: int,
 ) -> Run:
     """Trains a net.
 
@@ -74,6 +76,7 @@ def train_model(
       call: its arguments are those after the net: the data first.
       said: notes from finding the entry.
       commit: makes the finished steps part of the session.
+      limit: bytes of weights from before it that may be kept where it diverges.
 
     Raises:
       FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
@@ -96,9 +99,10 @@ def train_model(
             training_data.check_divides(text, data, options.batch, placement, line)
         of_batch = replace(call, args=(data.first, *call.args[1:]))
         again = None if resumed is None else (resumed.draw, resumed.taken)
-        with plain_errors(of_batch, placement), leaks_told(loss.name):
+        with plain_errors(of_batch, placement), mistakes_told(loss, call, options.batch):
             ready = LossCall.of(state, entry, loss, of_batch, services, mode="train", said=said, again=again)
-            return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
+            trainer = Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit, limit=limit)
+            return trainer.train()
 
 
 class Trainer:
@@ -121,8 +125,9 @@ class Trainer:
         said: tuple[Note, ...],
         resumed: Training | None,
         commit: Callable[[Progress], None],
+        limit: int = 0,
     ) -> None:
-        self.ready, self.call, self.options, self.data = ready, call, options, data
+        self.ready, self.call, self.options, self.data, self.limit = ready, call, options, data, limit
         self.resumed, self.commit = resumed, commit
         self.request, self.services = ready.request, ready.request.services
         self.draw, self.name = ready.request.draw.first, ready.entry.name
@@ -149,6 +154,7 @@ class Trainer:
             call=call,
             options=options,
             variables=self.variables,
+            source=self.variables.entry.source_now(),
             traced=self.traced,
             step=self.step,
             taken=self.taken,
@@ -276,7 +282,10 @@ class Trainer:
         """The sharp bits that are known before the first step."""
         bound, trace, entry = self.request.bound, self.traced.trace, self.ready.entry
         known = {stream for needs in self.request.entry.known_needs.values() for stream in needs.streams}
-        remarks = [*of_switch(self.name, bound, trace, self.ready.loss), *notes.of_streams(trace, known)]
+        remarks = [
+            *notes.of_mode(self.name, bound, bound.mode, trace, loss=self.ready.loss.name),
+            *notes.of_streams(trace, known),
+        ]
         for other in self.ready.read:
             remarks.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
@@ -289,6 +298,8 @@ class Trainer:
             remarks += notes.of_keys(self.keys_in_call, seen, self.request.line)
         frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
+        modules = {path[:-1] for path in layers.parameter_paths(self.loss, self.traced.request.variables)} - frozen
+        remarks = without_net(self.ready.loss, remarks, len(modules))
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
             remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
@@ -335,7 +346,8 @@ class Trainer:
                         if isinstance(error, NotFinite):
                             raise
                 if isinstance(error, NotFinite):
-                    raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed()) from None
+                    write = None if self._replaced() is None else PREVIOUS.format(self.name)
+                    raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed(), write=write) from None
                 raise
             return self._finish()
 
@@ -370,10 +382,25 @@ class Trainer:
         # As it is, the line would meet the same step again.
         line = f"%flax_train --resume {self.call.text}"
         hint = f"once the loss or its data are mended, `{line}` goes on with this step"
-        if losses[-1] > EXPLODED * abs(losses[0]) > 0:
-            grown = f"the loss was {losses[0]:.4g} in step 0 and {losses[-1]:.4g} in step {len(losses) - 1}"
+        if self._has_exploded:
+            grown = f"the loss was {losses[0]:.4g} in the first step and {losses[-1]:.4g} in the last"
             hint = f"{grown}: the rate may be too high for steps that nothing clips\n{hint}"
+        if self._replaced() is not None:
+            hint += "\nthe weights from before it are kept, and come back by the line below"
         return hint
+
+    @property
+    def _has_exploded(self) -> bool:
+        losses = self.loop.numbers.losses
+        return bool(len(losses) and losses[-1] > EXPLODED * abs(losses[0]) > 0)
+
+    def _replaced(self) -> Replaced | None:
+        """The weights from before a training whose loss has grown until it was not finite; None for any other."""
+        if self.loop.failed is None or not (self._has_exploded or np.isinf(self.loop.failed[1])):
+            return None
+        before, values = self.variables.entry, unfreeze(dict(self.traced.request.variables))
+        replaced = Replaced(self.loss.as_users(values), before.source or WeightSource(""), before.update_counts)
+        return replaced if replaced.size <= self.limit else None
 
     def _on_step(self) -> None:
         """Commits what is finished, and shows it, unless that was done just now."""
@@ -399,6 +426,13 @@ class Trainer:
             failed = self.loop.failed is not None
             line = f"%flax_train --resume {self.call.text}"
             notes.append(Note("stopped", text, **({} if failed else written(line))))
+        resumed = self.resumed
+        if resumed is not None and self.loop.step == resumed.step and not self.loop.stopped:
+            asked = (
+                f"--steps {2 * resumed.step}" if self.options.epochs is None else f"--epochs {2 * self.options.epochs}"
+            )
+            text = f"nothing was left to do: {plural(resumed.step, 'step')} were finished, and no more were asked for"
+            notes.append(Note("resume", text, **written(f"%flax_train --resume {asked} {self.call.text}")))
         self.notes = tuple(notes)
         return self._commit(final=True)
 
@@ -422,6 +456,7 @@ class Trainer:
             timing=timing,
             final=final,
             mesh=self._mesh(final=final),
+            replaced=self._replaced() if final else None,
         )
         self._has_committed = True
         self.commit(progress)

@@ -56,8 +56,7 @@ NOT_TRAIN = "deterministic=not train"
                before="from functools import partial\n"),
          f"{OFF}deterministic=True is fixed in Net (line 6)", NOT_TRAIN),
         (model(body="return Backbone()(x, train=False)", before=BACKBONE.format("train", "not train")),
-         f"Backbone_0/BatchNorm_0 {AVERAGES}use_running_average was True, from `not train` in Backbone (line 5)",
-         "use_running_average=not train"),
+         f"Backbone_0/BatchNorm_0 {AVERAGES}train=False is fixed in Net (line 9)", "Backbone()(x, train=train)"),
         (model(body=f"x = nn.BatchNorm(use_running_average=True)(x)\n{DROP.format('not train')}"),
          f"BatchNorm_0 {AVERAGES}use_running_average=True is fixed in Net (line 5)", "use_running_average=not train"),
         (model(body="x = nn.Dropout(0.1, deterministic=True)(x)\nreturn nn.Dropout(0.5, deterministic=train)(x)"),
@@ -115,6 +114,90 @@ def test_in_nnx_a_call_may_overrule_the_attribute(notebook, attribute, given, wh
     notebook(NNX.format(attribute, given, given))
     notebook("%flax_apply --train -q -o run net(x);")
     text = f"drop and 1 more are off although --train was asked: {why}"
+    assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, edit)]
+
+
+INNER = """class Block(nn.Module):
+  {}
+  @nn.compact
+  def __call__(self, x{}):
+    return nn.Dropout(0.5, deterministic=not {})(x)
+"""
+ARGUMENT = INNER.format("rate: float = 0.5", ", train=False", "train")
+FIELD = INNER.format("training: bool = False", "", "self.training")
+BY_ARGUMENT, BY_FIELD = (
+    f"Block_0/{OFF}Net (line 10) calls `{{}}` without `train`",
+    f"Block_0/{OFF}Net (line 10) calls `{{}}` without `training`",
+)
+OWN_METHOD = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return self.encode(x)
+  @nn.compact
+  def encode(self, x, train=False):
+    return nn.Dropout(0.5, deterministic=not train)(x)
+"""
+TWICE = """%%flaxmodel net = Net()
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dropout(0.5, deterministic=not train)(x)
+class Encoder(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return Block()(x, train)
+class Net(nn.Module):
+  training: bool = False
+  @nn.compact
+  def __call__(self, x):
+    def encoded(x):
+      return Encoder()(
+        x,
+      )
+    return encoded(x)
+"""
+NNX_INNER = """%%flaxmodel net = Net()
+from flax import nnx
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+  def __call__(self, x, train=False):
+    return self.drop(x, deterministic=not train)
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.block = Block(rngs)
+  def __call__(self, x, train=False):
+    return self.block(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "text", "edit"),
+    [
+        (model(body="return Block()(x)", before=ARGUMENT), BY_ARGUMENT.format("Block()(x)"), "Block()(x, train=train)"),
+        (model(body="return Block()(x, mode == 2)", call="mode=1", before=ARGUMENT),
+         f"Block_0/{OFF}train was False, from `mode == 2` in Net (line 10)",
+         "def __call__(self, …, train):\n  … Block()(x, train=train)"),
+        (model("training: bool = False", "", "return Block()(x, train=False)", ARGUMENT),
+         f"Block_0/{OFF}train=False is fixed in Net (line 11)", "Block()(x, train=self.training)"),
+        (model(body="return Block(name='Block_0')(x)", before=FIELD), BY_FIELD.format("Block(name='Block_0')"),
+         "Block(name='Block_0', training=train)"),
+        (model(body="return Block(False)(x)", before=FIELD), f"Block_0/{OFF}training=False is fixed in Net (line 10)",
+         "Block(training=train)"),
+        (OWN_METHOD, f"{OFF}Net (line 5) calls `self.encode(x)` without `train`", "self.encode(x, train=train)"),
+        (TWICE, f"Encoder_0/Block_0/{OFF}`encoded` calls `Encoder()(x)` without `train`",
+         "def encoded(x, train):\n  … Encoder()(x, train=train)"),
+        (NNX_INNER, f"block/{OFF.replace('Dropout_0', 'drop')}Net (line 12) calls `self.block(x)` without `train`",
+         "self.block(x, train=train)"),
+        # Who calls it is Flax's own code.
+        (model(body="return nn.Sequential([Block()])(x)", before=ARGUMENT),
+         f"Block_0/{OFF}deterministic was True, from `not train` in Block (line 6)", None),
+    ],
+)  # fmt: skip
+def test_a_call_that_keeps_the_switch_from_a_layer_is_named(notebook, cell, text, edit):
+    notebook(cell)
+    notebook("%flax_apply --train -q -o run net(x);")
     assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, edit)]
 
 

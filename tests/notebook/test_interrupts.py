@@ -260,3 +260,16 @@ def test_one_guard_serves_one_command_after_the_other_and_none_inside_another():
         work(0.2)  # what is asked of the command before is nothing to this one
         assert interrupts.end(None) is None
     assert done == [True, True]
+
+
+def test_a_training_that_is_stopped_binds_its_run_to_the_name_of_o(notebook):
+    notebook("net = nn.Dense(2)\nimport optax")
+    notebook(
+        "class Batches:\n  def __iter__(self):\n    yield x\n    yield x\n    raise KeyboardInterrupt\n"
+        "def loss(net, x):\n  return net(x).sum()"
+    )
+    line = "%flax_train {}--optimizer optax.sgd(0.1) --steps 9 loss(net, Batches())"
+    for option, name in (("-o stopped ", "stopped"), ("", "flax_magics.session().runs[-1]")):
+        assert f"! interrupted after 2 steps · `{name}` is its Run\n" in notebook.fails(line.format(option))
+    assert notebook["stopped"] is notebook.session.runs[0]
+    assert (notebook["stopped"].steps, notebook["stopped"].notes[-1].text) == (2, "interrupted after 2 steps")

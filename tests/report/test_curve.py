@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 from runs_to_show import CURVE, INTERRUPTED, TRAINED, UNDER_WAY
 
-from flax_magics.base.curve import STORED, Curve, Evaluation
+from flax_magics.base.curve import STORED, Curve, Evaluation, Task
 from flax_magics.report.curve import BUCKETS, lines, picture, rates, sparkline
 from flax_magics.report.html import bundle, level, progress_bundle, report_html
 from flax_magics.report.text import normal, progress_line, report
@@ -56,14 +56,14 @@ def test_the_normal_form_has_a_line_for_each_loss_and_metric() -> None:
     assert normal(TRAINED) == exactly("""
         net · train (training=True) · cpu:0 · draw 3 of seed 0
           steps  6    epoch 2
-          vars   initialised in draw 3    params: 15 parameters, 60 B
+          vars   began as initialised in draw 3    params: 15 parameters, 60 B
           keys   params → new variables    dropout → Dropout_0
           jit    compiled in 0.41 s: first run of this program
           run    62.5 ms    96 steps/s    12.3k examples/s
           loss, log       █▇▆▅▁▃  2.31 → 0.5     lowest 0.23 at step 5
-          accuracy        ▁▂▄▆█▇  0.125 → 0.875  highest 0.938 at step 5
+          accuracy        ▁▂▄▆█▇  0.125 → 0.875  0.125 at step 1 … 0.938 at step 5
           eval loss, log  █▁      1.5 → 0.6      lowest 0.6 at step 6
-          eval accuracy   ▁█      0.5 → 0.812    highest 0.812 at step 6
+          eval accuracy   ▁█      0.5 → 0.812    0.5 at step 3 … 0.812 at step 6
         """)
 
 
@@ -84,6 +84,41 @@ def test_one_without_a_finished_step_has_no_curve() -> None:
     assert "<svg" not in report_html(run, "normal")
 
 
+def test_of_arrays_in_batches_the_means_of_whole_epochs_are_told_by_their_examples() -> None:
+    # Epochs of 128, 128 and 4 rows: the last batch hardly counts.
+    curve = replace(CURVE, examples=520, task=Task(optimizer="optax.sgd(0.1)", batch=128), evals=())
+    assert lines(curve) == [
+        "  loss, log  █▇▆▅▁▃  2.31 → 0.5     by epoch 2 → 0.564",
+        "  accuracy   ▁▂▄▆█▇  0.125 → 0.875  by epoch 0.192 → 0.844",
+    ]
+    assert "· loss 0.5 (epoch mean 0.564) · accuracy 0.875 (epoch mean 0.844) ·" in " ".join(
+        report(with_curve(TRAINED, examples=520, task=curve.task), "line").split()
+    )
+    assert "  steps  6    epoch 2    batches of 128" in normal(replace(TRAINED, trained=curve)).splitlines()
+    # One epoch and a part of the next, and data whose batches are not known.
+    assert lines(replace(curve, epoch=4, examples=3 * 128 + 4 + 2 * 128))[1].endswith("  epoch mean 0.296")
+    unknown = [
+        replace(curve, epoch=1),
+        replace(curve, examples=521),
+        replace(curve, task=Task(batch=128, arrays=False)),
+    ]
+    assert {lines(one)[0].split("  ")[-1].strip() for one in unknown} == {"lowest 0.23 at step 5"}
+
+
+def test_a_metric_that_stays_has_no_range() -> None:
+    assert lines(Curve(np.float32([1, 1]), {"accuracy": np.zeros(2, np.float32)}))[1] == "  accuracy  ▅▅  0 → 0"
+
+
+def test_one_that_goes_on_does_not_tell_again_what_made_its_weights() -> None:
+    run = with_curve(TRAINED, task=Task(optimizer="optax.sgd(0.1)", parts=(3,)))
+    assert normal(run).splitlines()[1:4] == [
+        "  steps  6    epoch 2    all rows in each step: no --batch",
+        "  vars   began as initialised in draw 3",
+        "  keys   dropout → Dropout_0",
+    ]
+    assert "parameters" not in report(run, "line")
+
+
 def test_a_single_step_is_a_dot() -> None:
     curve = Curve(np.float32([2.3]), total=10, seconds=0.1)
     assert lines(curve) == ["  loss  ▅  2.3"]
@@ -99,8 +134,8 @@ def test_what_is_not_finite_is_counted_and_marked() -> None:
         evals=(Evaluation(3, np.nan, {}), Evaluation(6, 0.6, {})),
     )
     assert lines(curve)[1:] == [
-        "  ratio           ▁××▃▆█  1 → 4       highest 4 at step 6; not finite 2 times,",
-        "                                      first at step 2",
+        "  ratio           ▁××▃▆█  1 → 4       1 at step 1 … 4 at step 6; not finite 2",
+        "                                      times, first at step 2",
         "  eval loss, log  ×▅      NaN → 0.6   lowest 0.6 at step 6; not finite 1 time,",
         "                                      first at step 3",
     ]
@@ -187,10 +222,10 @@ def test_without_styles_the_numbers_stand_beneath_the_picture() -> None:
     html = report_html(INTERRUPTED, "normal")
     text = Reader(re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)).text
     assert (
-        "steps 6 of 500 · epoch 1.5 vars initialised in draw 3 · params: 15 parameters, 60 B "
+        "steps 6 of 500 · epoch 1.5 vars began as initialised in draw 3 · params: 15 parameters, 60 B "
         "keys params → new variables · dropout → Dropout_0 train · eval "
-        "loss 2.31 → 0.5 lowest 0.23 at step 5 accuracy 0.125 → 0.875 highest 0.938 at step 5 "
-        "eval loss 1.5 → 0.6 lowest 0.6 at step 6 eval accuracy 0.5 → 0.812 highest 0.812 at step 6 "
+        "loss 2.31 → 0.5 lowest 0.23 at step 5 accuracy 0.125 → 0.875 0.125 at step 1 … 0.938 at step 5 "
+        "eval loss 1.5 → 0.6 lowest 0.6 at step 6 eval accuracy 0.5 → 0.812 0.5 at step 3 … 0.812 at step 6 "
         "! interrupted after 6 steps write: %flax_train --resume loss(net, train) details"
     ) in text
     assert "training 62.5 ms, 96 steps/s · 12.3k examples/s" in text

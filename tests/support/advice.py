@@ -23,7 +23,7 @@ from flax_magics.snapshot import document
 ROOT = Path(flax_magics.__file__).parent
 TEXTS = {path: path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))}
 ERRORS = {"FlaxMagicsError", *re.findall(r"class (\w+)\(FlaxMagicsError\)", "\n".join(TEXTS.values()))}
-LABELS = ("write", "form", "in your model")
+LABELS = ("write", "form", "in your model", "in your loss")
 BUILDER = "_refused"
 """A function that makes errors for others: the place is where it is called."""
 
@@ -93,7 +93,7 @@ class Recorder:
 
         def of_error(own: Any, *args: Any, **kwargs: Any) -> None:
             error(own, *args, **kwargs)
-            self._note(advice(own.write, own.form, own.edit), 2)
+            self._note(advice(own.write, own.form, own.edit, own.where), 2)
 
         # A module imported while this records would have the class below for ever.
         for found in pkgutil.walk_packages(flax_magics.__path__, "flax_magics."):
@@ -201,7 +201,7 @@ class Follower:
         self.recorder.made.clear()
         printed = self.run(scenario.mistake)
         advice, text = self._advice(scenario.place, printed)
-        if advice.label == "in your model":
+        if advice.label.startswith("in your "):
             assert scenario.edit is not None, printed
             pasted = self.run(scenario.edit(scenario.cells[-1], text), works=True)
         else:

@@ -7,8 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from by_hand import bits
 from flax import nnx
 from sessions import session_of
 
@@ -155,14 +157,34 @@ def test_in_a_branch_of_a_loop_it_is_named_and_a_mask_that_is_harmless_is_not(ch
 
 def test_losses_that_grew_until_they_were_not_finite_are_told():
     session = session_of(nn.Dense(3))
+    before = session.train(loss, "net", X, optimizer=optax.sgd(1e-3), steps=2).output
     with pytest.raises(FlaxMagicsError) as error:
         session.train(loss, "net", X, optimizer=optax.sgd(1e3), steps=100)
     losses = session.runs[-1].losses
     assert error.value.hint == (
-        f"the loss was {losses[0]:.4g} in step 0 and {losses[-1]:.4g} in step {len(losses) - 1}: the rate may be too high"
+        f"the loss was {losses[0]:.4g} in the first step and {losses[-1]:.4g} in the last: the rate may be too high"
         " for steps that nothing clips\n"
-        "once the loss or its data are mended, `%flax_train --resume loss(net, data)` goes on with this step"
+        "once the loss or its data are mended, `%flax_train --resume loss(net, data)` goes on with this step\n"
+        "the weights from before it are kept, and come back by the line below"
     )
+    assert error.value.write == "%flax_vars net = flax_magics.session().models['net'].previous"
+    assert bits(session.models["net"].previous) == bits(before)
+    assert bits(session.models["net"].variables) != bits(before)
+
+
+def test_a_training_that_is_stopped_by_its_data_keeps_no_weights_from_before_it():
+    session = session_of(nn.Dense(3))
+    data = {"x": np.ones((4, 4), np.float32), "y": np.float32([0, 0, np.nan, 0])}
+
+    def weighed(net: Any, batch: Any) -> Any:
+        return (net(batch["x"]).mean(1) * batch["y"]).mean()
+
+    batches = [jax.tree_util.tree_map(lambda leaf: leaf[:2], data), data]
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(weighed, "net", batches, optimizer=optax.sgd(1e-3), epochs=1)
+    assert (session.runs[-1].steps, error.value.write) == (1, None)
+    with pytest.raises(FlaxMagicsError, match="no init has replaced weights of `net`"):
+        _ = session.models["net"].previous
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(overflow, "bfloat16"), (half, "float16")])

@@ -335,17 +335,17 @@ TRANSFORMED = (
         (
             lambda net, batch: net(batch["x"]),
             "`loss` returns float32[4,3] as its loss, and a loss is one floating-point number: it may return that alone,"
-            " or with a dict of metrics beside it.\n  in your model: return ….mean()",
+            " or with a dict of metrics beside it.\n  in your loss: return ….mean()",
         ),
         (
             lambda net, batch: (net(batch["x"]).mean(), 1.0),
             "`loss` returns a float beside the loss, and metrics are a dict of scalars: one number to a name.\n"
-            "  in your model: return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
+            "  in your loss: return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
         ),
         (
             lambda net, batch: (net(batch["x"]).mean(), {"logits": net(batch["x"])}),
             "`loss` returns float32[4,3] as `logits`, and metrics are a dict of scalars: one number to a name.\n"
-            "  in your model: return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
+            "  in your loss: return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
         ),
         (
             lambda net: net(BATCH["x"]).mean(),
@@ -444,9 +444,10 @@ def test_sharp_bits_of_a_loss():
     (note,) = session.grad(forgets, "net", BATCH).notes
     assert (note.kind, note.text) == (
         "switch",
-        "Dropout_0 is off: `forgets` leaves `train` of the net's call at its default",
+        'Dropout_0 is off and BatchNorm_0 is using running averages in training: `plain_loss` calls `net(batch["x"])`'
+        " without `train`",
     )
-    assert note.edit == "def forgets(net, batch, train):\n  … net(…, train=train)"
+    assert note.advice == [("in your loss: ", 'def plain_loss(net, batch, train):\n  … net(batch["x"], train=train)')]
     (note,) = session.grad(switched_loss, "net", BATCH, freeze=["Dens_0"]).notes
     assert (note.kind, note.text) == ("freeze", "--freeze Dens_0 matches no parameter of net: nothing is frozen by it")
     assert note.write == "%flax_grad --freeze Dense_0 switched_loss(net, …)" or note.form is not None

@@ -122,7 +122,7 @@ def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
         if repeats:
             assert session.replay(run).agreement.identical
         else:
-            with pytest.raises(FlaxMagicsError, match="what it began with was never kept"):
+            with pytest.raises(FlaxMagicsError, match="cannot be run again: after 3 steps it goes on with another"):
                 session.replay(run)
 
 
@@ -141,11 +141,9 @@ def test_what_cannot_be_repeated_is_told():
     session = session_of(Normed())
     session.key("latent")
     run = session.train(loss, "net", Once(), optimizer=SGD, steps=3)
-    with pytest.raises(FlaxMagicsError) as raised:
+    message = "draw 2 of seed 0 cannot be run again: its data are an iterator, which is gone through only once."
+    with pytest.raises(FlaxMagicsError, match=message):
         session.replay(run)
-    assert raised.value.message == (
-        "draw 2 of seed 0 cannot be run again: it began with data that give their batches once, or with more than 256 MB."
-    )
     assert [row.marks for row in session.history()] == [(), ("no replay",)]
     with pytest.raises(FlaxMagicsError, match="has the steps 0 to 2, and no step 3") as raised:
         session.replay(run, step=3)

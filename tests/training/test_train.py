@@ -25,6 +25,7 @@ from together import on_threads
 
 from flax_magics import FlaxMagicsError
 from flax_magics.base.text import plural
+from flax_magics.report.facts import key_facts
 from flax_magics.training import train
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -254,7 +255,40 @@ def test_the_run_says_what_it_was():
     assert run.losses.dtype == np.float32
     assert list(run.metrics) == ["accuracy"]
     assert run.program == "compiled"
+    assert [fact.takers for fact in key_facts(run) if fact.stream == "row order"] == ["the order of the rows"]
     assert session.apply("net", DATA["x"], mode="eval").weights == "trained, 3 steps"
+    assert session.history()[1].inputs == "{x: float32[22,6], y: int32[22]}, train=True"
+
+
+def test_weights_are_told_by_all_the_steps_that_they_have_had():
+    session, sgd = session_of(Dense()), optax.sgd(0.1)
+    told = []
+    for options in (
+        {"steps": 2},
+        {"steps": 3, "resume": True},
+        {"steps": 4},
+        {"steps": 5, "resume": True},
+        {"steps": 1},
+    ):
+        session.train(plain_loss, "net", DATA, optimizer=sgd, **options)
+        told.append(session.models["net"].weights)
+    assert told == [
+        "trained, 2 steps",
+        "trained, 3 steps",
+        "trained, 7 steps (4 in draw 2)",
+        "trained, 8 steps (5 in draw 2)",
+        "trained, 9 steps (1 in draw 3)",
+    ]
+    session.models["net"].variables = jax.tree_util.tree_map(jnp.copy, session.models["net"].variables)
+    session.train(plain_loss, "net", DATA, steps=2)
+    assert session.models["net"].weights == "trained, 2 steps"
+    # Weights that the user's own code has put there since have had none of these steps.
+    net = NormedMLP(nnx.Rngs(0))
+    session.register("own", net)
+    for _ in range(2):
+        nnx.update(net, jax.tree_util.tree_map(jnp.ones_like, nnx.state(net, nnx.Param)))
+        session.train(plain_loss, "own", DATA, optimizer=sgd, steps=2)
+    assert session.models["own"].weights == "trained, 2 steps"
 
 
 def test_a_training_goes_on_with_the_draw_of_an_init():
@@ -359,8 +393,8 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
     expected = left_by_an_uninterrupted_one()
     session, random = session_of(net), np.random.RandomState(seed)
     stops = 0
-    # The first program is traced in some 500 lines, and the last one that a part runs for the first time is its 1,400th.
-    with interrupted(session, random.randint(550, 1300), once=True):
+    # The first program is traced in some 620 lines, and the last one that a part runs for the first time is its 1,550th.
+    with interrupted(session, random.randint(660, 1400), once=True):
         session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
     while session.runs and session.runs[-1].trained.stopped:
         stops += 1
@@ -527,7 +561,7 @@ def test_sharp_bits_of_the_whole_run_are_said_once():
     session, line = session_of(Halved()), inspect.getsourcelines(Halved)[1] + 6
     run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.0), steps=60, freeze=["spare", "Dense_1"])
     assert [note.text for note in run.notes] == [
-        f"Dropout_0 is off although --train was asked: deterministic=True is fixed in Halved (line {line})",
+        f"Dropout_0 is off in training: deterministic=True is fixed in Halved (line {line})",
         "--freeze Dense_1 matches no parameter of net: nothing is frozen by it",
         "the loss has not moved in the last 50 steps",
     ]
