@@ -78,16 +78,17 @@ class RegisteredModel:
 
     @property
     def previous(self) -> PyTree:
-        """The variables that the last init replaced, if they were set, loaded or trained, or written by runs.
+        """The variables that the last init or edit replaced, if they were set, loaded or trained, or (by an init) written.
 
         Raises:
           FlaxMagicsError: there are none, or they were dropped to stay within `replay_bytes`.
         """
         replaced = self._entry().replaced
         if replaced is None:
-            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
+            what = f"no init and no edit has replaced weights of `{self.name}` that were more than an init's own."
+            raise FlaxMagicsError(what)
         if replaced.origin is None:
-            gone = f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            gone = f"the weights of `{self.name}` that were replaced were let go of, to stay within `replay_bytes`."
             raise FlaxMagicsError(gone)
         return replaced.variables
 
