@@ -34,7 +34,9 @@ def test_an_init_that_is_quiet_shows_no_tree_and_neither_does_its_replay(sharp_b
     assert sharp_bits("%flax_init -q my_model(x)") == ""
     sharp_bits("variables = %flax_init -q my_model(x)")
     assert [*sharp_bits["variables"]] == ["params"]
-    assert sharp_bits("%flax_replay 1") == "my_model · init · draw 1 of seed 0 · replayed · identical: every variable"
+    assert sharp_bits("%flax_replay 1") == (
+        "my_model · init · draw 1 of seed 0 · replayed ·\n    identical, by its digest: every variable"
+    )
 
 
 def test_a_run_that_is_not_kept_is_marked(sharp_bits):
