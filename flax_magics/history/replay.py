@@ -173,7 +173,7 @@ class Replaying(Struct, frozen=True):
         """Why nothing was kept of how a training began."""
         changes = [note.text for note in facts.notes if note.kind == "resume"]
         if changes:
-            return f"when it was resumed, {'; '.join(changes)}"
+            return "; ".join(changes)
         if facts.trained is not None and facts.trained.task.parts:
             return "it was resumed, and how it had begun was not there any more: in a file, or let go of"
         return f"it began with data that give their batches once, or with more than {bytes_(self.limit)}"
