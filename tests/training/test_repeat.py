@@ -122,7 +122,7 @@ def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
         if repeats:
             assert session.replay(run).agreement.identical
         else:
-            with pytest.raises(FlaxMagicsError, match="what it began with was never kept"):
+            with pytest.raises(FlaxMagicsError, match="cannot be run again: after 3 steps it goes on with another"):
                 session.replay(run)
 
 
