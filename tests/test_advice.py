@@ -370,7 +370,7 @@ SCENARIOS = [
     Scenario("notebook.command._unknown", "%flax_apply model(x);", (NET,)),
     Scenario("notebook.notebook.note_of_unbound", "%flax_apply net(x);", (NET, RAN, "del net"), again=True),
     Scenario("state.models._set_aside", "net = Net(3)\n%flax_apply net(x);",
-             (NET, RAN, "%flax_vars net = jax.tree.map(jnp.zeros_like, first.variables)"), ("net = Net(2)",)),
+             (NET, f"{INIT}\n%flax_vars net = jax.tree.map(jnp.zeros_like, variables)"), ("net = Net(2)",)),
     Scenario(UNKNOWN, "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
     Scenario(UNKNOWN, "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario(UNKNOWN, "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
@@ -508,6 +508,7 @@ SCENARIOS = [
     # -- losses
     Scenario("line.call._no_name", "%flax_grad (lambda net, x: net(x).sum())(net, x)", (NET,)),
     Scenario("notebook.command.resolve_loss", "%flax_grad loss(x, net)", (NET, SUM), ("x",)),
+    Scenario("notebook.command.resolve_loss", "%flax_grad loss(net, x)", (NET, SUM, RAN, "del net"), again=True),
     Scenario("notebook.command.evaluated", "%flax_train --optimizer sgd(0.1) --steps 2 loss(net, x)", (NET, SUM)),
     Scenario("notebook.command.evaluated", "%flax_train --optimizer adam --steps 2 loss(net, x);", (NET, SUM)),
     Scenario("line.options._unknown", "%flax_train --lr 1e-2 --steps 2 loss(net, x);", (NET, SUM, OPTAX)),

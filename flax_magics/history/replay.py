@@ -193,7 +193,7 @@ class Replaying(Struct, frozen=True):
         """Why nothing was kept of how a training began."""
         changes = [note.text for note in facts.notes if note.kind == "resume"]
         if changes:
-            return f"when it was resumed, {'; '.join(changes)}"
+            return "; ".join(changes)
         task = None if facts.trained is None else facts.trained.task
         if task is not None and task.once:
             return "its data are an iterator, which is gone through only once"

@@ -281,7 +281,7 @@ FLAX_VARS = Command(
     "nnx.update takes it. Others are checked there and then, and held as they are, not copied. In EXPR the name "
     "flax_magics is known, imported or not.\n\n"
     "Every report says whose weights ran: initialised in draw 1, set in cell [6], loaded from s.safetensors. After an init "
-    "over weights that were more than an init's own, flax_magics.session().models['net'].previous has those.",
+    "or an edit that replaced more than an init's own, flax_magics.session().models['net'].previous has those.",
     (SILENT,),
     (
         "variables = %flax_vars net",
@@ -302,8 +302,8 @@ FLAX_SAVE = Command(
     "%flax_save --autosave off          ends that",
     "writes the session into one file, once or kept up to date",
     "Models' variables, the root key and its draws, the history, the models' code and the versions: a safetensors file, so "
-    "that safetensors.numpy.load_file(FILE) gives the arrays by name. %flax_load FILE in a fresh kernel goes on with the "
-    "draw that would have come.\n\n"
+    "that safetensors.numpy.load_file(FILE) gives the arrays by name. It takes the place of a session, whole or not at all, "
+    "and of no other file. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
     "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
     "killed leaves the file whole.",
     (
@@ -363,8 +363,8 @@ FLAX_HISTORY = Command(
     "%flax_history [options] [MODEL]",
     "lists every draw of the session, oldest first",
     "What drew, the streams that were taken with the first word of their keys, input shapes, the output's digest, cell and "
-    "time. Runs of one cell that are alike are one row. Marked are draws that were run again, and draws of cells that "
-    "were run again or edited since. A command that failed drew nothing.",
+    "time. Runs of one cell that are alike are one row. Marked are draws that were run again or cannot be (no replay), and "
+    "draws of cells that were run again or edited since. A command that failed drew nothing.",
     (
         Option("--last", "the last N runs alone", "N", type=int),
         Option("--all", "all rows, where there are more than 60"),

@@ -31,7 +31,7 @@ from ..line.call import (
 from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .notebook import BriefCommand, KnownLine, ModelCall, Notebook
+from .notebook import BACK, BriefCommand, KnownLine, ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
@@ -251,11 +251,13 @@ class CommandUse(Record):
         value = self.value_of(name)
         if value is None or callable(value) or name in models or self.spec.takes != "call":
             return
+        kind = kind_of(value)
+        del value  # the error's traceback would keep it
         model = next(iter(models)) if len(models) == 1 else "…"
         what, call = "a model", f"{model}({name})"
         if self.spec.bare_name in ("flax_grad", "flax_train"):
             what, call = "a loss", f"…({model}, {name})"
-        message = f"`{name}` is {kind_of(value)}, and %{self.spec.bare_name} takes the call of {what}."
+        message = f"`{name}` is {kind}, and %{self.spec.bare_name} takes the call of {what}."
         raise FlaxMagicsError(message, **written(f"{command} {call}"))
 
     def resolve(self, expression: CallExpression, *, registers: bool = True) -> tuple[str, Call, Any]:
@@ -320,7 +322,15 @@ class CommandUse(Record):
         from ..training.loss import METHOD, check
 
         first = expression.tree.args[0] if expression.tree.args else None
-        loss, args, kwargs = expression.construct(self.user_ns, self.local_ns)
+        try:
+            loss, args, kwargs = expression.construct(self.user_ns, self.local_ns)
+        except FlaxMagicsError:
+            net = first.id if isinstance(first, ast.Name) else ""
+            if net not in self.notebook.session.models or net in self.local_ns or net in self.user_ns:
+                raise
+            message = f"`{net}` was deleted, and a loss is called with it: the model is registered still."
+            line = f"{expression.command} {expression.text}"
+            raise FlaxMagicsError(message, write=f"{BACK.format(net)}\n{line}") from None
         written = ast.unparse(expression.tree.func)
         name = first.id if isinstance(first, ast.Name) else "net"
         check(loss, expression.call, expression.command)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ..run import Note, Run
     from ..state.weights import WeightNames
 
+BACK = "import flax_magics\n{0} = flax_magics.session().models['{0}'].module"
+"""The lines that give a registered model its name again."""
 KNOWN_LINES = 256
 """How many lines, at most, are known as they were read."""
 
@@ -223,6 +225,7 @@ class Notebook:
             if session.models:
                 self.weight_names.look(session.collections, self.shell.user_ns)
                 self.bound.update(filter(self.shell.user_ns.__contains__, session.models))
+                self.unbound = {name for name in self.unbound if not is_module(self.shell.user_ns.get(name))}
 
     @cached_property
     def weight_names(self) -> WeightNames:
@@ -237,16 +240,12 @@ class Notebook:
         from ..run import Note
 
         value = names.get(name)
-        if is_module(value) or is_module_class(value) or name not in self.bound:
-            self.unbound.discard(name)
-            return None
-        if name in self.unbound:
+        if is_module(value) or is_module_class(value) or name not in self.bound or name in self.unbound:
             return None
         self.unbound.add(name)
         what = f"is {kind_of(value)} now" if name in names else "was deleted"
         text = f"`{name}` {what}, and this run is of the model that is registered under it: a restarted kernel has none"
-        line = f"{name} = flax_magics.session().models['{name}'].module"
-        return Note("name", text, write=f"import flax_magics\n{line}")
+        return Note("name", text, write=BACK.format(name))
 
     @property
     def number(self) -> int:

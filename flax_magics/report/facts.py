@@ -470,10 +470,8 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("init", timing.init),
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
-        # Without the time beside the init, which nobody waited for, and what is left of it where that is next to nothing.
-        Phase(
-            _last_phase(run), left if (left := timing.compile - timing.beside) >= BESIDE or not timing.beside else 0.0
-        ),
+        # Without the time beside the init, which nobody waited for.
+        Phase(_last_phase(run), timing.compile - timing.beside),
         Phase("wait", sum(_waits(timing))),
         Phase("run", timing.typical),
     ]

@@ -78,7 +78,7 @@ class RegisteredModel:
 
     @property
     def previous(self) -> PyTree:
-        """The variables that the last init replaced, if they were set, loaded or trained, or written by runs.
+        """The variables that the last init or edit replaced, if they were set, loaded or trained, or (by an init) written.
 
         After a training whose loss grew until it was not finite, those from before it.
 
@@ -87,9 +87,10 @@ class RegisteredModel:
         """
         replaced = self._entry().replaced
         if replaced is None:
-            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
+            what = f"no init and no edit has replaced weights of `{self.name}` that were more than an init's own."
+            raise FlaxMagicsError(what)
         if replaced.origin is None:
-            gone = f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            gone = f"the weights of `{self.name}` that were replaced were let go of, to stay within `replay_bytes`."
             raise FlaxMagicsError(gone)
         return replaced.variables
 

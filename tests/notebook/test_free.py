@@ -102,6 +102,13 @@ def test_it_says_what_went_and_who_holds_the_rest(notebook):
     assert notebook["same"][0] is notebook["big"]
 
 
+def test_a_module_that_holds_its_own_variables_is_one_row(notebook):
+    notebook("from flax import nnx\nown = nnx.Linear(4, 3, rngs=nnx.Rngs(0))\n%flax_apply own(x);")
+    shown = notebook("%flax_free")
+    assert shown.count("the model own") == 1
+    assert "own, the model" not in shown
+
+
 def test_names_among_the_shells_own_that_the_user_has_bound_stay(notebook):
     notebook("x * 2")
     notebook("_ = x * 3\n_4 = x * 4")

@@ -30,6 +30,22 @@ def test_it_is_of_a_run_by_its_name_too_and_gives_the_run(sharp_bits):
     assert "· replayed" in sharp_bits("%flax_history")
 
 
+def test_an_init_that_is_quiet_shows_no_tree_and_neither_does_its_replay(sharp_bits):
+    assert sharp_bits("%flax_init -q my_model(x)") == ""
+    sharp_bits("variables = %flax_init -q my_model(x)")
+    assert [*sharp_bits["variables"]] == ["params"]
+    assert sharp_bits("%flax_replay 1") == (
+        "my_model · init · draw 1 of seed 0 · replayed ·\n    identical, by its digest: every variable"
+    )
+
+
+def test_a_run_that_is_not_kept_is_marked(sharp_bits):
+    sharp_bits("%config FlaxMagics.replay_bytes = 0")
+    sharp_bits("y = %flax_apply -q my_model(x)")
+    assert sharp_bits("%flax_history").splitlines()[-1].endswith(" · no replay")
+    sharp_bits("%config FlaxMagics.replay_bytes = 256_000_000")
+
+
 def test_a_mistake(sharp_bits):
     sharp_bits("y = %flax_apply -q my_model(x)")
     assert "draw 9 of seed 0 was not made in this session: it has draw 1 alone." in sharp_bits.fails("%flax_replay 9")

@@ -158,17 +158,19 @@ BACK = "%flax_vars my_model = flax_magics.session().models['my_model'].previous"
 def test_trained_weights_that_an_edit_drops_come_back_once_it_is_undone(sharp_bits):
     sharp_bits(TRAINED)
     kernel = sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"]
-    dropped = f"! {DROPPED}; it takes them again\n  once the edit is undone\n  form: …\n        {BACK}"
+    undone = f"; it takes them again\n  once the edit is undone\n  form: …\n        {BACK}"
     assert sharp_bits(MODEL.replace("self.num_neurons", "5")) == (
         "my_model changed: Dense_0/bias [3]→[5], Dense_0/kernel [4,3]→[4,5] ·\n"
-        f"    variables dropped · next run initialises\n{dropped}"
+        f"    variables dropped · next run initialises\n! {DROPPED}{undone}"
     )
     sharp_bits("%flax_apply -q --train my_model(x);")  # what an init has made takes the place of none
     assert "replaced" not in sharp_bits(MODEL)
-    assert sharp_bits(BACK).endswith("set in cell [6]")
+    assert "set in cell [8]" in sharp_bits(BACK)
     assert sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"] is kernel
     sharp_bits("my_model = MyModel(num_neurons=7, training=False)")
-    assert sharp_bits("%flax_apply -q my_model(x);").endswith(dropped.replace("trained, 3 steps", "set in cell [6]"))
+    assert sharp_bits("%flax_apply -q my_model(x);").endswith(
+        f"! {DROPPED.replace('trained, 3 steps', 'set in cell [8]')}{undone}"
+    )
     sharp_bits("my_model = MyModel(num_neurons=3, training=False)")
     sharp_bits(BACK)
     assert sharp_bits.session.models["my_model"].variables["params"]["Dense_0"]["kernel"] is kernel
@@ -199,7 +201,7 @@ def test_where_it_cannot_be_told_that_they_fit_it_is_said(sharp_bits):
     assert sharp_bits(edited) == (
         "my_model changed: whether its variables fit cannot be told, as the last init's\n"
         "    call fails now (TypeError) · variables dropped · next run initialises\n"
-        f"! {DROPPED}; it takes them again, if\n  they fit, once it is initialised by a call that it takes\n"
+        f"! {DROPPED}; it takes them again,\n  if they fit, once it is initialised by a call that it takes\n"
         f"  form: %flax_init my_model(…)\n        {BACK}"
     )
     sharp_bits(f"%flax_init my_model(x, 2.0);\n{BACK}")
@@ -221,20 +223,32 @@ def test_an_nnx_module_with_other_initial_values_takes_the_trained_ones_back(not
     assert wider.endswith(f"form: …\n        {line}")
 
 
-@pytest.mark.parametrize("line", ["%flax_apply my_model(x);", "%flax_grad loss(my_model, x);"])
-def test_a_name_that_is_no_models_any_more_is_said_once(sharp_bits, line):
-    sharp_bits("%flax_init -q my_model(x);\ndef loss(net, x):\n  return net(x).sum()")
+def test_a_name_that_is_no_models_any_more_is_said_once(sharp_bits):
+    sharp_bits("%flax_init -q my_model(x);")
+    line = "%flax_apply my_model(x);"
     said = "and this run is of the model that is registered under it: a restarted kernel has none"
     back = "import flax_magics\nmy_model = flax_magics.session().models['my_model'].module"
     for unbind, what in (("del my_model", "was deleted"), ("my_model = x", "is an array (float32[3,4,4]) now")):
         sharp_bits(unbind)
-        sharp_bits(f"{line[:11].strip()} -o run {line[11:].strip()}")
+        sharp_bits("%flax_apply -o run my_model(x);")
         assert [(note.text, note.advice) for note in sharp_bits["run"].notes if note.kind == "name"] == [
             (f"`my_model` {what}, {said}", [("write: ", back)])
         ]
         assert said[:20] not in sharp_bits(line)
         sharp_bits(back)
         assert said[:20] not in sharp_bits(line)
+
+
+def test_a_loss_of_a_model_without_a_name_is_answered_with_it(sharp_bits):
+    sharp_bits("%flax_init -q my_model(x);\ndef loss(net, x):\n  return net(x).sum()")
+    sharp_bits("del my_model")
+    back = "import flax_magics\n         my_model = flax_magics.session().models['my_model'].module"
+    assert sharp_bits.fails("%flax_grad loss(my_model, x)") == (
+        "FlaxMagicsError: `my_model` was deleted, and a loss is called with it: the model is registered still.\n"
+        f"  write: {back}\n         %flax_grad loss(my_model, x)"
+    )
+    sharp_bits("my_model = 3")
+    assert "! `my_model` is an int now" in sharp_bits("%flax_grad loss(my_model, x);")
 
 
 def test_a_mistake_on_the_line_is_told_before_anything_runs(notebook):

@@ -26,6 +26,10 @@ class Own(nnx.Module):
     ("cell", "first"),
     [
         (f"{CLASS}net = Net(3)", "new session, seed 0 · net registered: Net(features=3)"),
+        (
+            "net = nn.Sequential([nn.Dense(512, use_bias=False), nn.relu, nn.Dense(2)])",
+            "new session, seed 0 · net registered: Sequential(layers=[Dense(…), relu, Dense(…)])",
+        ),
         (f"{NNX_CLASS}net = Own(3, rngs=nnx.Rngs(0))", "new session, seed 0 · net registered: Own(features=3)"),
     ],
 )

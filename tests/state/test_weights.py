@@ -402,7 +402,7 @@ def test_an_init_over_fresh_weights_replaces_nothing_worth_a_word():
     session.apply("net", X)
     session.init("net", X)
     assert notes_of(session) == []
-    with pytest.raises(FlaxMagicsError, match="no init has replaced weights of `net`"):
+    with pytest.raises(FlaxMagicsError, match="no init and no edit has replaced weights of `net`"):
         _ = session.models["net"].previous
 
 

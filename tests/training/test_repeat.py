@@ -159,7 +159,7 @@ def test_a_training_that_went_on_otherwise_says_what_is_other():
     with pytest.raises(FlaxMagicsError) as raised:
         session.replay(1)
     assert raised.value.message == (
-        "draw 1 of seed 0 cannot be run again: when it was resumed, it goes on with other data: ['x']."
+        "draw 1 of seed 0 cannot be run again: after 2 steps it goes on with other data: `data['x']` has other values."
     )
 
 
