@@ -347,6 +347,12 @@ def in_model(frame: FrameType) -> bool:
     return any(self_of(each) is not None for each in around)
 
 
+def is_lifted(frame: FrameType, caller: FrameType) -> bool:
+    """Whether one of linen's lifted transforms stands between what runs in a frame and its `caller`."""
+    between = itertools.takewhile(lambda step: step[0] is not caller, traceback.walk_stack(frame))
+    return any(each.f_globals.get("__name__") == "flax.linen.transforms" for each, _ in between)
+
+
 def first_line(code: CodeType, added: str, *, in_place_of: str = "") -> str:
     """The first line of a function with one parameter more, or with one by another name."""
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

@@ -35,6 +35,7 @@ from .calls import (
     frame_of,
     in_model,
     is_flax,
+    is_lifted,
     made_in,
     places_of,
     self_of,
@@ -274,7 +275,7 @@ class Link(Struct, frozen=True):
       text: of the call, such as `Block()(x)`.
       switch, value: the argument or field of what is called, and what it was.
       source: what the call gives for it; empty text where nothing.
-      edit: the caller as it is to be: its first line, if that has to take the switch, and the call.
+      edit: the caller as it is to be: its first line, if that has to take the switch, and the call; None where more is.
       in_model: a module makes the call.
     """
 
@@ -283,7 +284,7 @@ class Link(Struct, frozen=True):
     switch: str
     value: bool
     source: CodePlace
-    edit: str
+    edit: str | None
     in_model: bool
 
 
@@ -380,7 +381,10 @@ def _link(modules: list[Any], switch: str, frame: FrameType | None) -> Link | No
                 caller = f"{type(module).__name__} (line {call.line})"
             elif head:
                 head = [first_line(code, "train")]
-            edit = "\n  … ".join([*head, call.with_argument(wanted, places.index(name))])
+            edit: str | None = "\n  … ".join([*head, call.with_argument(wanted, places.index(name))])
+            # A lifted transform has to be told which of its arguments are static: more than the call is to be edited.
+            if name == switch and is_lifted(frame, outside):
+                edit = None
             return Link(caller, call.text, name, value, source, edit, in_model(outside))
         modules = [*dropwhile(lambda each, module=module: each is not module, modules)]  # type: ignore[misc]
         switch, frame = own_switch, outside

@@ -71,7 +71,7 @@ class mistakes_told(Record, contextlib.AbstractContextManager["mistakes_told"]):
             edit = "\n  … ".join([*head, with_arguments(call.text, [f"{switch}={switch}"])])
             message = f"{said} without `{switch}`, which it needs: a parameter of the loss with that name is given it."
             return FlaxMagicsError(message, edit=edit, where="loss")
-        first = code.co_varnames[0] if code.co_argcount else ""
+        first = next((name for name in code.co_varnames[: code.co_argcount] if name not in ("self", "cls")), "")
         plain = as_plain_call(call, names, first, certain=True)
         if plain is None:
             return None

@@ -190,6 +190,8 @@ class Net(nnx.Module):
          "def encoded(x, train):\n  … Encoder()(x, train=train)"),
         (NNX_INNER, f"block/{OFF.replace('Dropout_0', 'drop')}Net (line 12) calls `self.block(x)` without `train`",
          "self.block(x, train=train)"),
+        (model(body="return nn.remat(Block)()(x)", before=ARGUMENT),
+         BY_ARGUMENT.replace("Block_0", "CheckpointBlock_0").format("nn.remat(Block)()(x)"), None),
         # Who calls it is Flax's own code.
         (model(body="return nn.Sequential([Block()])(x)", before=ARGUMENT),
          f"Block_0/{OFF}deterministic was True, from `not train` in Block (line 6)", None),

@@ -56,6 +56,16 @@ def test_a_call_in_flaxs_own_words(told, parameters, body, call, edit):
     )
 
 
+def test_a_loss_that_is_a_method(told):
+    loss = (
+        "class Losses:\n  def loss(self, params, batch):\n    return net.apply({'params': params}, batch['x']).mean()\n"
+    )
+    said = told(PLAIN, f"{loss}losses = Losses()", "%flax_grad losses.loss(net, batch)")
+    edit = "def loss(self, net, batch):\n                  … net(batch['x'])"
+    call = "net.apply({'params': params}, batch['x'])"
+    assert said == f"`losses.loss` calls `{call}`: {AS_IT_IS}.\n  in your loss: {edit}"
+
+
 def test_a_module_from_outside_that_has_a_setup(told):
     net = "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  def setup(self):\n    self.dense = nn.Dense(2)\n"
     net += "  def __call__(self, x):\n    return self.dense(x)\n"

@@ -257,7 +257,7 @@ def test_the_run_says_what_it_was():
     assert run.program == "compiled"
     assert [fact.takers for fact in key_facts(run) if fact.stream == "row order"] == ["the order of the rows"]
     assert session.apply("net", DATA["x"], mode="eval").weights == "trained, 3 steps"
-    assert session.history()[1].inputs == "{x: float32[22,6], y: int32[22]}, train=True"
+    assert session.history()[1].inputs == "{x: float32[22,6], y: int64[22]}, train=True"
 
 
 def test_weights_are_told_by_all_the_steps_that_they_have_had():
