@@ -96,7 +96,8 @@ def test_digits_are_trained_on_two_engines_as_in_one_process_on_two_devices(engi
         "net · train (train=True) · cpu:0,2048 · draw 1 of seed 0",
     ]
     engines.run("""%%px --no-stream
-weights = [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(run.output)]
+variables = %flax_vars net
+weights = [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(variables)]
 losses = [*map(float, run.losses)]""")
     both = engines.run("print(engines[:].pull('weights', block=True))\nprint(engines[:].pull('losses', block=True))")
     (first, second), (losses, of_other) = map(eval, both.printed.splitlines())
