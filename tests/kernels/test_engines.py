@@ -113,7 +113,7 @@ losses = [*map(float, run.losses)]""")
     engines.run(EXPORT)
     # An error comes of each, with where both stand.
     engines.run("%%px --no-stream --targets 1\nlatent = %flax_key latent")
-    failed = engines.fails("%%px --no-stream\n%flax_apply net(train['image'])")
+    failed = engines.fails("%%px --no-stream\n%flax_apply --train net(train['image'])")
     text = "\n".join([*failed.outputs[-1].traceback, *(str(output) for output in failed.outputs)])
     assert text.count("process 0: seed 0, draw 3, net, program ") >= 2
     assert text.count("process 1: seed 0, draw 4, net, program ") >= 2
