@@ -147,17 +147,17 @@ class Processes:
             self._client.key_value_set(f"{place}/{self.rank}", text, allow_overwrite=True)
             try:
                 while True:
-                    missing = self._missing(place) if self.rank == 0 else [0]
+                    missing = self._missing(place) if self.rank == 0 else []
                     if self.rank == 0 and not missing:
                         return self._decide(place)
-                    waits_for = f"{place}/{missing[0]}" if self.rank == 0 else f"{place}/outcome"
-                    if self._get(waits_for, SLICE) is None:
+                    answer = self._get(f"{place}/{missing[0]}" if missing else f"{place}/outcome", SLICE)
+                    outcome = None if missing else answer
+                    if answer is None:
                         waiting.on_phase("waiting for the other processes")
-                        missing = missing if self.rank == 0 else self._missing(place)
-                        ended = [rank for rank in missing if self.has_ended(rank)]
+                        ended = [rank for rank in self._missing(place) if self.has_ended(rank)]
                         if ended or time.monotonic() > until:
                             return self._decide(place, ended, seconds)
-                    outcome = self._get(f"{place}/outcome")
+                        outcome = self._get(f"{place}/outcome")  # process 0 comes late to one that was given up
                     if outcome is not None:
                         decided: dict[str, Any] = json.loads(outcome)
                         return decided
@@ -268,10 +268,8 @@ class Processes:
         ended = [rank for rank in range(self.count) if self.has_ended(rank)]
         if not ended:
             return None
-        lives = (
-            "%flax_mesh off goes on in one process" if self.rank == 0 or 0 not in ended else "a saved session resumes"
-        )
-        return FlaxMagicsError(f"{what} was given up: {_named(ended)} ended.", hint=lives)
+        hint = "%flax_mesh off goes on in one process"
+        return FlaxMagicsError(f"{what} was given up: {_named(ended)} ended.", hint=hint)
 
 
 def _told(text: str) -> str:

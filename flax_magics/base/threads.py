@@ -204,12 +204,14 @@ class OneByOne:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Future, Callable[[], object]] | None] = queue.SimpleQueue()
-        self._context = contextvars.copy_context()
-        self._thread = threading.Thread(target=self._context.run, args=(self._work,), daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], object]) -> Future:
         """Queues `work` and returns a future of its result."""
+        if self._thread is None:
+            context = contextvars.copy_context()
+            self._thread = threading.Thread(target=context.run, args=(self._work,), daemon=True)
+            self._thread.start()
         future: Future = concurrent.futures.Future()
         self._calls.put((future, work))
         return future
@@ -219,9 +221,9 @@ class OneByOne:
         self._calls.put(None)
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            _fulfil(*call)
-            del call  # else the results would live until the next one
+        while (task := self._calls.get()) is not None:
+            _fulfil(*task)
+            del task  # else its result would live until the next one
 
 
 class Unfinished(Struct, eq=False):

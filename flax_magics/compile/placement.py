@@ -455,7 +455,6 @@ def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:
     count = int(np.prod(sizes, dtype=int))
     left = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
     if left:
-        write = f"%flax_mesh {as_text({**dict.fromkeys(axes, 1), next(iter(axes)): -1})}"
         message = f"{as_text(axes)} leaves process {min(left)} of this job without a device: each takes part in a mesh."
-        raise FlaxMagicsError(message, write=write)
+        raise FlaxMagicsError(message, hint="an axis of -1 takes all devices that are left")
     return Placement(jax.make_mesh(sizes, tuple(axes), axis_types=types, devices=devices[:count]))

@@ -82,14 +82,14 @@ class StepPrograms:
 
     def _agree(self, batch: Batch, digest: str) -> None:
         """Asks all processes of the mesh whether they have this program and the same data."""
-        data, rows = (
-            self._data,
-            len(jax.tree_util.tree_leaves(batch.tree)[0]) if batch.rows is None else batch.rows.size,
-        )
+        data, placement = self._data, self.step.placement
+        if placement is None or placement.processes is None:
+            return
+        rows = len(jax.tree_util.tree_leaves(batch.tree)[0]) if batch.rows is None else batch.rows.size
         # What lies on the mesh already may be cut: then the arrays are those that the user gave.
         inputs = self._state, batch.tree, data.tree, data.first if isinstance(data, ArrayData) else None
         what = f"training {self.name} with {plural(rows, 'row')} a step"
-        agree(self._services, self.step.placement, self._request.draw, what, digest=digest, tree=inputs)
+        agree(self._services, placement, self._request.draw, what, digest=digest, tree=inputs)
 
     def start(self, batch: Batch) -> None:
         """Starts to compile the program for a batch, which `of` then waits for."""
@@ -130,12 +130,8 @@ class StepPrograms:
         key = self._key(batch)
         # A program that calls back is that of the function that was traced.
         if self._code is not None and key is not None and not self._has_effects:
-            keep(
-                programs.by_step,
-                key,
-                ((self.name, self._code[0]), executable, compiling.digest, self.step.takes_loss),
-                KEPT,
-            )
+            known = (self.name, self._code[0]), executable, compiling.digest, self.step.takes_loss
+            keep(programs.by_step, key, known, KEPT)
         program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
         return program, origin, timing
 

@@ -16,6 +16,7 @@ GROUPS = (
     (fresh.sessions, [fresh.COLD, fresh.RESTART, *(edit.row for edit in fresh.EDITS)]),
     (training.measured, [row for window in training.WINDOWS for row in window.rows]),
     (training.first, [training.FIRST]),
+    (training.both, [training.BOTH]),
     (training.memory, [training.MEMORY]),
     (fresh.loading, [fresh.LOADING]),
     (fresh.importing, [fresh.OWN, fresh.MSGSPEC, fresh.JINJA]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from .cells import Laps, Seconds, in_shell
@@ -136,6 +138,27 @@ kerasnet.compile(
   keras.optimizers.AdamW(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=['accuracy']
 )
 """
+JOIN = """\
+import jax
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize('{coordinator}', 2, {rank})
+"""
+ON_BOTH = """\
+mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+cut, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
+
+def placed(tree):
+  return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, whole, np.asarray(leaf).__getitem__), tree)
+
+@jax.jit
+def on_both(state, data, rows, i):
+  batch = jax.lax.with_sharding_constraint(jax.tree.map(lambda array: array[rows], data), cut)
+  state, value, metrics = updated(net, {}, state, batch, jax.random.key(3), i)
+  return jax.lax.with_sharding_constraint(state, whole), value, metrics
+
+data, state = placed(train), placed(made(net))
+by_hand = 'trained(lambda state, rows, key, i: on_both(state, data, rows, i), state, steps)'
+"""
 WIDE = """\
 class Wide(nn.Module):
   @nn.compact
@@ -242,6 +265,7 @@ if importlib.util.find_spec("keras"):  # no package that the benchmarks need: as
         ),
     )
 MEMORY = Row("train-memory", "the most memory that 10 steps take, an MLP of 52 MB with adamw", 1.1, in_bytes=True)
+BOTH = Row("train-two", "the MLP in two processes on this machine, against one program started by hand in both", 1.1)
 FIRST = Row("train-first", "the first step of a training in a fresh process, model and optimizer made", 1.1)
 
 
@@ -269,6 +293,24 @@ def first(keys: Collection[str], rounds: int) -> Seconds:
     """The first step, each in a process of its own with an empty cache, in turn."""
     by_hand = [MODEL, BY_HAND, "trained(two_programs(net), made(net), 1)"]
     return _fresh(FIRST, [SETUP], by_hand, [MODEL, _line("loss(net, train)", 1)], min(rounds, 3))
+
+
+def both(keys: Collection[str], rounds: int) -> Seconds:
+    """Trainings in two processes of one job, by hand and ours in turn, as the first of them times it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    steps = 300 if rounds > 1 else 50
+    sides = (f"{BOTH.key}/by hand", ["eval(by_hand)"]), (f"{BOTH.key}/ours", [_line("loss(net, train)", steps)])
+
+    def laps(rank: int) -> Laps:
+        setup = [JOIN.format(coordinator=coordinator, rank=rank), SETUP, LOAD, MODEL, BY_HAND, ON_BOTH]
+        yield "", [*setup, f"steps = {steps}", "%flax_mesh -q data=-1", *(cell for _, cells in sides for cell in cells)]
+        for n in range(rounds):
+            yield from sides[:: -1 if n % 2 else 1]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, _ = pool.map(lambda rank: in_shell(list(laps(rank))), (0, 1))
+    return first
 
 
 def memory(keys: Collection[str], rounds: int) -> Seconds:

@@ -47,12 +47,12 @@ def loss(net, batch, train):
   return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 """
 EXPORT = """%%px --no-stream
-import contextlib, io
-script = flax_magics.session().run_export(plain=False)
-assert script.unexported == (), script.unexported
+import contextlib, flax_magics, io
+script = open("script.py").read()
+assert "Left out" not in script, script
 joined, jax.distributed.initialize = jax.distributed.initialize, lambda *_: None
 with contextlib.redirect_stdout(io.StringIO()) as printed:
-  exec(compile(script.text, "script.py", "exec"), {"__name__": "__main__", "coordinator": coordinator, "rank": rank})
+  exec(compile(script, "script.py", "exec"), {"__name__": "__main__", "coordinator": coordinator, "rank": rank})
 jax.distributed.initialize = joined
 digests = [line.split()[-1] for line in printed.getvalue().splitlines()]
 assert digests == [run.digest for run in flax_magics.session().runs], printed.getvalue()"""
@@ -96,7 +96,8 @@ def test_digits_are_trained_on_two_engines_as_in_one_process_on_two_devices(engi
         "net · train (train=True) · cpu:0,2048 · draw 1 of seed 0",
     ]
     engines.run("""%%px --no-stream
-weights = [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(run.output)]
+variables = %flax_vars net
+weights = [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(variables)]
 losses = [*map(float, run.losses)]""")
     both = engines.run("print(engines[:].pull('weights', block=True))\nprint(engines[:].pull('losses', block=True))")
     (first, second), (losses, of_other) = map(eval, both.printed.splitlines())
@@ -107,11 +108,12 @@ losses = [*map(float, run.losses)]""")
     one, other = (np.concatenate(leaves) for leaves in (first, of_one))
     assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
     # The script gives these bits, too: each process prints the digests of its part.
-    engines.run("%%px --no-stream\nimport flax_magics\ny = %flax_apply net(train['image'])")
+    engines.run("%%px --no-stream\ny = %flax_apply net(train['image'])")
+    engines.run("%%px --no-stream\n%flax_export -q script.py")
     engines.run(EXPORT)
     # An error comes of each, with where both stand.
     engines.run("%%px --no-stream --targets 1\nlatent = %flax_key latent")
-    failed = engines.fails("%%px --no-stream\n%flax_apply net(train['image'])")
+    failed = engines.fails("%%px --no-stream\n%flax_apply --train net(train['image'])")
     text = "\n".join([*failed.outputs[-1].traceback, *(str(output) for output in failed.outputs)])
     assert text.count("process 0: seed 0, draw 3, net, program ") >= 2
     assert text.count("process 1: seed 0, draw 4, net, program ") >= 2
