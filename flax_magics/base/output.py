@@ -181,9 +181,9 @@ def _values(path: str, leaf: Leaf) -> Values:
         size += chunk.size
         ordered = chunk.dtype.kind == "f"
         is_finite = np.isfinite(chunk)
-        good = int(is_finite.sum())
+        good = int(np.count_nonzero(is_finite))  # a sum of them takes ten times as long
         if good < chunk.size:
-            missing = int(np.isnan(chunk).sum())
+            missing = int(np.count_nonzero(np.isnan(chunk)))
             nan, inf = nan + missing, inf + chunk.size - good - missing
             chunk = chunk[is_finite]
         if good and ordered:

@@ -23,6 +23,11 @@ TRANSFORMS = "jax._src.interpreters."
 """Prefix of the JAX modules that call a function to trace, differentiate or map it."""
 
 
+def is_tracing() -> bool:
+    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
+    return not _is_clean()()
+
+
 @cache
 def _is_clean() -> Callable[[], bool]:
     try:
@@ -30,11 +35,6 @@ def _is_clean() -> Callable[[], bool]:
     except ImportError:
         return lambda: True  # "clean": otherwise every command would be refused
     return trace_state_clean
-
-
-def is_tracing() -> bool:
-    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
-    return not _is_clean()()
 
 
 @cache

@@ -30,7 +30,7 @@ class FlaxPatches:
         self._values: tuple[object, ...] = ()
         self._sizes: list[int] = []
         self._numbers: tuple[int, ...] = ()
-        """Where `_values` has numbers: of all that stands there, these alone can be equal without being the same."""
+        """Where `_values` has numbers: of all that stands there, these alone can be equal and yet mean another program."""
         self._loaded = 0
         self._in_cells = False
         self._looked = False

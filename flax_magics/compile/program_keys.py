@@ -50,7 +50,7 @@ def jax_settings() -> tuple[object, ...]:
 
 def settings() -> tuple[tuple[object, ...], tuple[object, ...]]:
     """(JAX's settings, Flax's state): all that a trace depends on besides the call, the model and installed code."""
-    return ((trace_context(), *_read_settings()), flax_state())
+    return (jax_settings(), flax_state())
 
 
 def settings_in_words() -> dict[str, object]:

@@ -225,7 +225,7 @@ def apply_again(
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
         checked = not last.brief or (around(caller) is None and last.holds(entry, programs, running))
-        library.look()  # the first in a cell takes 0.25 ms, so the device works meanwhile
+        library.look()  # the first in a cell takes some tenths of a millisecond, so the device works meanwhile
         if not checked or library.edition != last.library:
             with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
                 running.finish(lambda: services.on_phase(f"running {entry.name}"))

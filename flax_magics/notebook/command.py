@@ -121,7 +121,7 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
-    working, caller = BriefCommand(notebook, f"running {name}"), sys._getframe(2)
+    working, caller = BriefCommand(notebook, f"running {name}"), sys._getframe(2)  # whoever called the magic
     session = working.session
     with working:
         outcome = session.run_again(name, call, options, module, caller)

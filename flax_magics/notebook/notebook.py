@@ -133,10 +133,11 @@ class CommandInProgress(BriefCommand):
         self._curve_before = self.session.last_curve
 
     def __enter__(self) -> Live:
-        self.live.begin(self._what)
+        live = self.live
+        live.begin(self._what)
         self.session.services.on_progress = self._progressed
-        super().__enter__()
-        return self.live
+        super().__enter__()  # last, since an interrupt is heard in what is called after it, and would leave this halfway
+        return live
 
     def _progressed(self, run: Run) -> None:
         if not self._quiet:

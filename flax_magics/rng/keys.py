@@ -11,8 +11,9 @@ one of the small integers that the split amounts to.
 Keys of JAX's default generator are computed on the host, in microseconds and without a program. Threefry-2x32 with 20
 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) is exact integer arithmetic, so the host has
 the device's bits. With `jax_threefry_partitionable`, the default, key i of `jax.random.split` and `jax.random.fold_in`
-by i both are the hash of the counter (0, i). In a program the split would be costly: XLA compiles a split into three in
-0.12 to 0.15 s on two cores, longer than eight dense layers.
+by i both are the hash of the counter (0, i). In a model's program the split would be costly: XLA compiles a split into
+three in 0.12 to 0.15 s on two cores, longer than eight dense layers. A session that has made many draws has a program of
+its own for them, see `Splits`.
 """
 
 from __future__ import annotations
@@ -386,6 +387,8 @@ class Splits:
         self._program: Callable[..., jax.Array] | None = None
         # The tag of a stream, and by root the three keys of the split and the key of that stream.
         self._ahead: tuple[int, dict[bytes, bytes]] = 0, {}
+        # Root and tag with which the program was dispatched last, and its result, until that is read.
+        self._begun: tuple[bytes, int, Any] | None = None
 
     def of(self, root: bytes, tags: tuple[int, ...] = ()) -> list[bytes]:
         """Key data of the three keys that `root` splits into, then of the streams with these tags; see `is_on_host`."""
@@ -410,16 +413,29 @@ class Splits:
             self._program = jax.jit(_splits_ahead).lower(root, counters).compile()
 
     def _work_out(self, root: bytes, tag: int) -> bytes | None:
-        assert self._program is not None
-        try:
-            counters = np.array((0, 1, 2, tag), np.uint32)
-            block = np.asarray(self._program(np.frombuffer(root, np.uint32), counters)).tobytes()
-        except Exception:  # a setting of the user's, such as a guard of transfers
-            self._program = None
+        """Reads what the program has worked out, or dispatches it anew: None where the host is to do this one.
+
+        Nothing is waited for: the device may be at work for somebody, and that wait would be deaf to Ctrl-C.
+        """
+        program, begun = self._program, self._begun  # each read once, since another thread may draw
+        if program is None:
             return None
-        rows = [block[i : i + 32] for i in range(0, 32 * AHEAD, 32)]
-        self._ahead = tag, dict(zip([root, *(row[:8] for row in rows)], rows, strict=False))
-        return rows[0]
+        try:
+            if begun is not None:
+                first, known, result = begun
+                if not result.is_ready():
+                    return None
+                block, self._begun = np.asarray(result).tobytes(), None
+                rows = [block[i : i + 32] for i in range(0, 32 * AHEAD, 32)]
+                ahead = dict(zip([first, *(row[:8] for row in rows)], rows, strict=False))
+                self._ahead = known, ahead
+                if known == tag and root in ahead:
+                    return ahead[root]
+            counters = np.array((0, 1, 2, tag), np.uint32)
+            self._begun = root, tag, program(np.frombuffer(root, np.uint32), counters)
+        except Exception:  # a setting of the user's, such as a guard of transfers
+            self._program = self._begun = None
+        return None
 
 
 def _splits_ahead(root: jax.Array, counters: jax.Array) -> jax.Array:

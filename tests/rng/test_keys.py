@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -51,9 +52,8 @@ def test_params_that_an_init_took_come_from_a_key_of_their_own():
 def test_draws_that_a_program_works_out_ahead_are_those_of_the_host(monkeypatch):
     splits = keys.Splits()
     splits.prepare()
-    worked_out: list[bytes] = []
-    work_out = splits._work_out
-    monkeypatch.setattr(splits, "_work_out", lambda root, tag: worked_out.append(root) or work_out(root, tag))
+    program, begun = splits._program, list[jax.Array]()
+    monkeypatch.setattr(splits, "_program", lambda *args: begun.append(program(*args)) or begun[-1].block_until_ready())
     monkeypatch.setattr(keys, "splits", splits)
     for seed, streams in ((5, ["noise"]), (6, []), (5, ["noise", "other"]), (5, ["other"])):
         root, root_key = RootKey.from_seed(seed), jax.random.key(seed)
@@ -64,8 +64,12 @@ def test_draws_that_a_program_works_out_ahead_are_those_of_the_host(monkeypatch)
             assert [draw.data(name) for name in by_hand] == [data_of(key) for key in by_hand.values()]
             root = root.after(draw)
         assert root.data == data_of(root_key)
-    # Of two further streams the host works out each draw.
-    assert len(worked_out) == 3 * 2
+    # The host works out each draw of two further streams, and the one with which a program is dispatched.
+    assert len(begun) == 3 * 2
+    # It goes on as long as the device is at work for somebody else.
+    monkeypatch.setattr(splits, "_begun", (root.data, 0, SimpleNamespace(is_ready=lambda: False)))
+    assert splits.of(root.data) == keys.threefry(root.data, (0, 1, 2))
+    assert len(begun) == 3 * 2
 
 
 def test_the_program_is_made_once_a_session_was_long_and_not_used_where_it_fails(monkeypatch):
@@ -80,7 +84,7 @@ def test_the_program_is_made_once_a_session_was_long_and_not_used_where_it_fails
         for thread in [thread for thread in threading.enumerate() if thread.name == "flax_magics compile"]:
             thread.join()
         assert made == [splits] * count
-    splits._program = lambda *_: 1 / 0  # type: ignore[assignment, return-value]
+    splits._program = lambda *_: 1 / 0
     assert splits.of(root.data) == by_hand
     assert splits._program is None
 
