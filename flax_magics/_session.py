@@ -38,7 +38,7 @@ from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry, by_kind
-from .state.handles import Models, RegisteredModel, SessionView, entry_now
+from .state.handles import Models, RegisteredModel, SessionView, Then, entry_now, nothing
 from .state.models import Registration, assigned
 from .state.runs import StoredRun
 from .state.state import Restart, State
@@ -115,12 +115,12 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
 
     @until_committed
     def register_all(
-        self, modules: Mapping[str, object], *, anew: Container[str] = (), cell: int | None = None
+        self, modules: Mapping[str, object], *, anew: Container[str] = (), cell: int | None = None, then: Then = nothing
     ) -> list[Registration]:
         """Registers several modules, all or none, and returns what became of each.
 
         A Construction among them is built first, one draw each. A user-built NNX module whose name is in `anew` counts
-        as new, even if one of the same code was registered before.
+        as new, even if one of the same code was registered before. `then` is called with the commit.
         """
         if modules:
             stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
@@ -130,10 +130,9 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
 
             building = RestoringBuilding(self.services, self.replay_bytes)
         state, changes, builds = building.register_all(before, modules, anew, cell)
-        with self._in_place_of(before):
-            for change in changes:
-                if change.write is not None:
-                    change.write()
+        with self._in_place_of(before, partial(then, changes)):
+            for write in filter(None, (change.write for change in changes)):
+                write()
             self.services.seen.roots.add(state.root.data)
             self._state = state
             self._keeping.noted += builds
@@ -327,11 +326,11 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         return save_session(self._state, path, self.services)
 
     @until_committed
-    def load(self, path: FileName) -> Restored:
+    def load(self, path: FileName, *, then: Then = nothing) -> Restored:
         """Restores a saved session, so that its next draw is the one that would have come. Runs no code from the file.
 
         Variables go to the models of the same names, registered now or later; unless all fit, nothing is loaded. Root
-        key and history become those of the file; models that are not in it stay as they are.
+        key and history become those of the file; models that are not in it stay as they are. `then` is as there.
         """
         line = f"%flax_load {os.fspath(path)}"
         stand_outside(surroundings.of_state, line, line)
@@ -339,7 +338,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
 
         before = self._state
         state, writes, restored = load_session(before, path)
-        with self._in_place_of(before):
+        with self._in_place_of(before, partial(then, restored)):
             for write in writes:
                 write()
             self._state, self.services.seen, self._plans = state, SeenKeys({state.root.data}), PlanCache()

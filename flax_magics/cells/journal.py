@@ -70,6 +70,8 @@ class ExecutedCell(Record):
       loads: its `%flax_load` commands, in order.
       gone: its runs are in no history any more, since another session was loaded.
       places: the places of the commands that made its runs, in order.
+      body: the last line of a `%%flax…` cell's body that has run, 0 for none.
+      stopped: the place of the last command that an interrupt or error ended after it had changed the session.
     """
 
     number: int | None
@@ -84,6 +86,8 @@ class ExecutedCell(Record):
     loads: tuple[Load, ...] = ()
     gone: bool = False
     places: tuple[Place, ...] = ()
+    body: int = 0
+    stopped: Place | None = None
 
     @property
     def identity(self) -> str:
@@ -122,12 +126,14 @@ class Journal:
         """The outermost running cell, with what its commands did so far; errors of nested cells count as its own."""
         self._places: list[Place] = []
         """Its `places`; a list, which a loop of many runs lengthens at the cost of one."""
+        self.body: list[int] = []
+        """The last lines of the statements that have run in the body of its `%%flax…` command."""
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """IPython's `pre_run_cell` hook. `cell`: the id of the cell, None where the frontend sends none."""
         if not self._depth:
             self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
-            self._places = []
+            self._places, self.body = [], []
         self._depth += 1
 
     def end(self, result: Any = None) -> None:
@@ -151,8 +157,9 @@ class Journal:
         self._ended(number)
 
     def _ended(self, number: int | None) -> None:
-        self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
-        self._running, self._places = ExecutedCell(None, "", self.runs()), []
+        places, body = tuple(self._places), max(self.body, default=0)
+        self.executed.append(self._running._replace(number=number, end=self.runs(), places=places, body=body))
+        self._running, self._places, self.body = ExecutedCell(None, "", self.runs()), [], []
 
     def drew_again(self, run: int, names: object, caller: FrameType) -> None:
         """`drew` of a single run, whose index is known, and the frame that called the command."""
@@ -161,7 +168,7 @@ class Journal:
             self._places.append(Place(run, frame.f_lineno, frame.f_code.co_name))
 
     def drew(self, runs_before: int, runs: int, names: object) -> None:
-        """Records where in the cell a command made its runs; called after each command.
+        """Records where in the cell a command made its runs; called after each command, however it ended.
 
         Args:
           runs_before, runs: the number of runs when the command began, and that of now.
@@ -173,6 +180,13 @@ class Journal:
             known = places[-1].run + 1 if places else 0  # commands inside this one have recorded theirs already
             for run in range(max(runs_before, known), runs):
                 places.append(Place(run, frame.f_lineno, frame.f_code.co_name))
+
+    def stopped(self, names: object) -> None:
+        """Records where in the cell a command stands that was ended after it had changed the session."""
+        frame = calling_frame(names) if self._depth else None
+        if frame is not None:
+            place = Place(self.runs(), frame.f_lineno, frame.f_code.co_name)
+            self._running = self._running._replace(stopped=place)
 
     def registered(self, rows: list[Registered]) -> None:
         """Records what a `flaxmodel` command registered."""

@@ -37,8 +37,8 @@ from ..state.entry import ModelEntry
 from .cells import CellRun, CellSource, begin, end, match, read_cell
 from .commands import SESSION_VARIABLES
 from .context import RunGroups, ScriptContext, ScriptModel
-from .edit import binds, mentioned, reads
-from .script import RootKeyTracker, Script, assigned_by, sets_variables
+from .edit import assigned_by, binds, mentioned, reads, sets_variables
+from .script import RootKeyTracker, Script
 from .writer import Free, LineWriter
 
 
@@ -96,14 +96,16 @@ def export_session(
     free = Free({*models, *(name for source in sources for name in mentioned(source.tree))})
     writer = LineWriter.like([cell_run.cell.text for cell_run in cell_runs], free, digests=digests)
     script_models = {name: _model(name, models, runs, free, sources) for name in models}
-    executed = (each.statement for cell_run in cell_runs for each in cell_run.statements)
-    bindings = Counter(name for statement in executed for name in binds(statement))
+    executed = [each for cell_run in cell_runs for each in cell_run.statements]
+    bindings = Counter(name for each in executed for name in binds(each.statement))
     rebound = frozenset(name for name, times in bindings.items() if times > 1)
     given = " ".join(site.line for source in sources for site in source.sites.values() if site.name == "flax_vars")
     asked_back = frozenset(name for _, name, which in SESSION_VARIABLES.findall(given) if which == "previous")
     groups = RunGroups(runs, cell_runs, restarts)
     context = ScriptContext(writer, groups, script_models, rebound=rebound, asked_back=asked_back)
-    script = Script(context, RootKeyTracker(context, seed))
+    stopped = [site for each in executed if each.failed for _, site in each.runs if site is not None]
+    in_functions = any(site.in_function is not None for site in stopped)
+    script = Script(context, RootKeyTracker(context, seed), stops_in_functions=in_functions)
     for cell_run in cell_runs:
         script.cell(cell_run)
     written = sum(any(map(any, (lines.text for lines in block))) for block in script.blocks)

@@ -75,6 +75,14 @@ class CommandSite(Struct, frozen=True, eq=False):
         return next((node for node in reversed(self.path) if isinstance(node, FunctionNode)), None)
 
     @property
+    def model(self) -> str:
+        """The name of the model that it runs, or whose loss; empty for commands without a call."""
+        if self.call is None:
+            return ""
+        loss = self.name in ("flax_grad", "flax_train")
+        return next((text for name, text in self.call.arguments if name is None), "") if loss else self.call.target
+
+    @property
     def mode(self) -> str:
         """The mode of its runs, spelled as in a Run; empty for commands without a mode."""
         if self.name not in ("flax_apply", "flax_grad", "flax_train"):
@@ -100,8 +108,8 @@ class CommandSite(Struct, frozen=True, eq=False):
         """Whether the command may have begun a training; one that was gone on with has the call of the last command."""
         if self.call is None or self.parsed.options["resume"] or run.trained is None:
             return False
-        net = self.call.arguments[0][1] if self.call.arguments else ""
-        return run.call in (self.call.call, self.call.text) or (bool(run.trained.task.parts) and run.model == net)
+        mine = run.call in (self.call.call, self.call.text)
+        return mine or (bool(run.trained.task.parts) and run.model == self.model)
 
     def has_mode_of(self, run: Run) -> bool:
         """Whether mode and number of samples agree. In any mode, a run of a model without a switch is `as written`."""
@@ -303,12 +311,20 @@ class ExecutedStatement:
     Attributes:
       runs: (index of a run, the command that made it) for each of its runs; None where no command explains the run.
       failed: the cell ended with an error in this statement.
+      took_effect: its command had changed the session before it failed: it has its lines, without a target. A training,
+        of which the finished steps are told by the Run, is written as if it had ended there.
     """
 
     statement: ast.stmt
     site: CommandSite | None
     runs: list[tuple[int, CommandSite | None]] = field(default_factory=list)
     failed: bool = False
+    took_effect: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a `%flax_train`."""
+        return self.site is not None and self.site.name == "flax_train"
 
 
 @dataclass(eq=False)
@@ -326,7 +342,7 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
 
     A command at the top level made one run. A loop, or a call of a function with commands, made any number: it takes
     all runs that fit, but leaves as many as later commands of the cell need. Among equal lines the recorded line number
-    of the run decides.
+    of the run decides. A command that failed has the runs that it had made by then.
     """
     # Functions with commands stay callable from later cells.
     functions: list[CommandSite] = []
@@ -335,12 +351,18 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
         statements = _executed(cell, source)
         sites = [source.sites_in(statement.statement) for statement in statements]
         queue = _RunQueue(runs, list(range(cell.first, min(cell.end, len(runs)))), cell)
+        if statements and statements[-1].failed:
+            last = statements[-1]
+            last.took_effect = last.site is not None and _took_effect(last.site, cell)
+            if last.site is not None and last.took_effect and last.site.name != "flax_train":
+                last.site = source.sites[last.statement] = replace(last.site, target="")
+                sites[-1] = [last.site]
+            else:
+                sites[-1] = [site for site in sites[-1] if any(map(site.is_at, cell.places))]
         for i, statement in enumerate(statements):
-            # A training that is stopped fails its cell, and keeps the steps that were done.
-            if statement.failed and (statement.site is None or statement.site.name != "flax_train"):
-                continue
             if statement.site is not None:
-                queue.take_one(statement, statement.site)
+                if not statement.failed or statement.took_effect:
+                    queue.take_one(statement, statement.site)
                 continue
             later = [site for inside in sites[i + 1 :] for site in inside if site.draws or site.name == "flaxmodel"]
             if not isinstance(statement.statement, Definition):
@@ -350,14 +372,27 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
     return cell_runs
 
 
+def _took_effect(site: CommandSite, cell: ExecutedCell) -> bool:
+    """Whether a command, in which the cell failed, had made a run or changed the session otherwise before.
+
+    A training that is stopped fails its cell, and keeps the steps that were done.
+    """
+    places = [*cell.places, *([] if cell.stopped is None else [cell.stopped])]
+    if site.above and (cell.line or 0) <= site.above:  # the cell's own magic, on its first line
+        return any(place.line <= site.above for place in places)
+    return any(map(site.is_at, places))
+
+
 def _executed(cell: ExecutedCell, source: CellSource) -> list[ExecutedStatement]:
     """The statements of a cell that ran: all, or those up to the line of the error."""
     statements = source.statements()
     if cell.error is None:
         return statements
     line = (cell.line or 0) - source.offset
-    # Line 0 or less is the magic's own, which fails after the whole body has run.
-    if cell.line is None or line >= 1:
+    if cell.line is not None and line < 1:  # the magic's own: what it had run of its body, and what was to come
+        ran = [statement for statement in statements if end(statement.statement) <= cell.body - source.offset]
+        statements = statements[: len(ran) + 1]
+    else:
         statements = [statement for statement in statements if begin(statement.statement) <= line]
     if statements:
         statements[-1].failed = True

@@ -106,8 +106,7 @@ def _of_training(command: CommandLines) -> CommandLines:
         return command
     index = context.going(command.site)
     if index is None:
-        arguments = command.site.call.arguments if command.site.call is not None else ()
-        net = next((text for name, text in arguments if name is None), "")
+        net = command.site.model
         reason = context.lost.get(net, "it goes on with a training that has no lines")
         context.lost.setdefault(net, f"the weights of `{net}` come from a training that has no lines")
         raise CannotSay(reason)
@@ -135,6 +134,7 @@ def _registered(command: CommandLines) -> list[str]:
     """The lines of `_register`, without those that put a file's variables into the modules."""
     context, writer, site = command.context, command.writer, command.site
     name, _, written = (part.strip() for part in site.parsed.rest.partition("="))
+    context.apart -= {context.models[each].name for each in context.states if each in context.models}
     lines: list[str] = []
     for registered in context.states if name == MODELS else (name,):
         # Nothing to write for a name that the cell binds itself; a model that the session built has a run, below.
@@ -159,6 +159,8 @@ def _registered(command: CommandLines) -> list[str]:
         return lines
     known = context.models.get(name)
     if known is not None and known.construction and "rngs" not in written:
+        if context.gone:
+            context.lost[name] = "the history of its draw is gone: %flax_load brought another"
         if context.states.get(name) == "unchanged":
             return []
         # An edit after which the old values were kept: any keys will do, but the same streams must be there.
@@ -177,6 +179,8 @@ def _variables(command: CommandLines) -> list[str]:
         command.writer.needs.add("nnx")
     if not equals:
         variables = _variables_of(context, name)
+        if model.holds:  # of its own, as the session gave it: later runs write into the module's
+            variables = f"nnx.state(nnx.clone({model.name}))"
         return [f"{site.target} {variables}"] if site.target else []
     of = {"variables": _variables_of, "previous": _previous_of}
     value = SESSION_VARIABLES.sub(lambda match: of[match[3]](context, match[2]), value)

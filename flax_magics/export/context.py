@@ -185,6 +185,7 @@ class ScriptContext:
       gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
       mesh: the axes of the mesh that runs are laid out on, as they were written; empty without one.
       laid_out: variables that hold a module whose variables lie on it.
+      apart: variables that hold a module whose class's name stands for another class since.
       define: makes sure that a function is defined before it is used, and returns its name.
     """
 
@@ -207,6 +208,7 @@ class ScriptContext:
     gone: bool = False
     mesh: str = ""
     laid_out: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 
     def is_conditional(self, site: CommandSite) -> bool:
@@ -218,11 +220,9 @@ class ScriptContext:
         """The index of the training that a `%flax_train --resume` goes on with; None for any other command."""
         if site.name != "flax_train" or not site.parsed.options["resume"] or site.call is None:
             return None
-        net = next((text for name, text in site.call.arguments if name is None), "")
         runs = self.groups.runs
-        going = [
-            i for i in self.trained if runs[i].model == net and self.trained[i] <= len(_trained(runs[i]).task.parts)
-        ]
+        mine = [index for index in self.trained if runs[index].model == site.model]
+        going = [index for index in mine if self.trained[index] <= len(_trained(runs[index]).task.parts)]
         return going[-1] if going else None
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:

@@ -8,12 +8,12 @@ import re
 import symtable
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..base.tokens import assigned_names
 from ..line.expression import segment
-from .cells import CellSource, CommandSite, Definition, FunctionNode, begin, blocks, end
+from .cells import CellSource, CommandSite, Definition, ExecutedStatement, FunctionNode, begin, blocks, end
 from .context import FROM_PACKAGE, ScriptContext
 from .functions import CannotSay
 from .writer import indented
@@ -168,7 +168,7 @@ class Edit:
             return self._leave_out(statement, error)
         self.written.add(site)
         self._replace(statement, indented(self.context.writer.fitted(lines, len(indent)), indent))
-        if here and lines:
+        if here and lines and site.target:
             names.bind(binds(statement))
         if here and site.parsed.options.get("out"):
             names.lose([site.parsed.options["out"]], _A_RUN)
@@ -289,3 +289,40 @@ def mentioned(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             methods_own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
         yield from (name for name in mentioned(child) if name not in methods_own)
+
+
+SUBMODULE = re.compile(r"import (\w+)\.(\w+) as (\w+)")
+"""`import flax.linen as nn`, which binds what `from flax import linen as nn` does."""
+
+
+def singly(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement that imports several names as several statements; none for any other."""
+    match statement:
+        case ast.Import(names):
+            return [ast.Import([name]) for name in names]
+        case ast.ImportFrom(module, names, level):
+            return [ast.ImportFrom(module, [name], level) for name in names]
+    return []
+
+
+def by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:
+    """The statements in groups that share a line."""
+    lines: list[list[ExecutedStatement]] = []
+    for statement in statements:
+        if lines and begin(statement.statement) <= end(lines[-1][-1].statement):
+            lines[-1].append(statement)
+        else:
+            lines.append([statement])
+    return lines
+
+
+def assigned_by(site: CommandSite | None) -> Iterable[str]:
+    """The model whose variables `%flax_vars net = …` sets; empty for any other command."""
+    if site is None or site.name != "flax_vars" or "=" not in site.parsed.rest:
+        return ()
+    return (site.parsed.rest.partition("=")[0].strip(),)
+
+
+def sets_variables(node: ast.AST) -> bool:
+    """Whether it is the target of an assignment to a model's `variables`."""
+    return isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load)

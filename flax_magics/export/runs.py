@@ -236,14 +236,17 @@ def init_nnx(command: CommandLines) -> list[str]:
     target, state = command.site.target, f"nnx.state({command.model.name})"
     lines, key, params = command.keys_of_init(*SPLIT)
     lines.append(rebuilt(command, command.runs[-1], params, key("dropout")))
-    bind = [f"{target} {state}"] if target else []
+    bind = [f"{target} nnx.state(nnx.clone({command.model.name}))"] if target else []
     return [*lines, *bind, *command.writer.show(label_of(f"init {command.call.call}"), state)]
 
 
 def rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
     """The line that gives a module's own variables the values of a newly built module."""
     command.writer.needs.add("nnx")
-    return f"nnx.update({command.model.name}, nnx.state({construction_of(run, params, dropout)}))"
+    name, construction = command.model.name, construction_of(run, params, dropout)
+    if name in command.context.apart:  # the session builds it from the class that it had then
+        construction = f"type({name}){construction[construction.index('(') :]}"
+    return f"nnx.update({name}, nnx.state({construction}))"
 
 
 def apply_nnx(command: CommandLines) -> list[str]:

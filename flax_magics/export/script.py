@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
 import jax
 
+from ..base.text import plural
 from ..cells.journal import Load, Registered
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, FunctionNode, begin, blocks, end
 from .commands import LINES, SESSION_VARIABLES, set_aside
 from .context import CommandLines, ScriptContext, initialises
-from .edit import Edit, binds, imported, lines_of_statement, reads
+from .edit import (
+    SUBMODULE,
+    Edit,
+    assigned_by,
+    binds,
+    by_line,
+    imported,
+    lines_of_statement,
+    reads,
+    sets_variables,
+    singly,
+)
 from .functions import CannotSay, Function, JittedFunction
-from .writer import Lines, draws, joined
+from .writer import Lines, draws, joined, tried_until
 
 
 @dataclass(eq=False)
@@ -118,6 +129,7 @@ class Script:
       bound_in: name → index of the block that assigned it last.
       futures: names that the cells import from `__future__`.
       failed: how many cells failed without leaving anything.
+      stops_in_functions: a cell failed in a function that had run commands by then.
     """
 
     context: ScriptContext
@@ -128,6 +140,7 @@ class Script:
     bound_in: dict[str, int] = field(default_factory=dict)
     futures: list[str] = field(default_factory=list)
     failed: int = 0
+    stops_in_functions: bool = False
 
     def __post_init__(self) -> None:
         self.context.define = self._define
@@ -137,6 +150,8 @@ class Script:
         self._runs: list[tuple[int, CommandSite | None]] = []
         self._declared: dict[FunctionNode, set[str]] = {}
         self._written: set[CommandSite] = set()
+        # The statement that is written now failed after some runs, and must stop there.
+        self._stopping = False
         self._loads: Iterator[Load] = iter(())
 
     # -- one execution of a cell
@@ -149,7 +164,7 @@ class Script:
         self.context.restored = {row.name for row in cell.registered if row.variables == "restored"}
         self.context.load, self.context.gone = None, cell.gone
         self._loads = iter(cell.loads)
-        stopped = [each for each in statements if each.failed and (each.runs or self._goes_on(each))]
+        stopped = [each for each in statements if each.failed and (each.runs or each.took_effect)]
         fails_at_once = not stopped and all(each.failed and not blocks(each.statement) for each in statements)
         # It made no run and bound no name, so that a comment would be all that is left of it.
         if cell.error is not None and cell.first == cell.end and fails_at_once:
@@ -164,7 +179,7 @@ class Script:
         self._write(keep, ours=True)
         text = source.text.split("\n")
         last = 0
-        for on_one_line in _by_line(statements):
+        for on_one_line in by_line(statements):
             start = len(self.blocks[-1])
             for statement in on_one_line:
                 gap = text[last : begin(statement.statement) - 1]
@@ -172,7 +187,9 @@ class Script:
                 if statement.failed and statement not in stopped:
                     self._write_failed(cell_run, statement.statement)
                 else:
-                    self._write_statement(statement, source, gap)
+                    self._write_statement(statement, cell_run, gap)
+                if statement in stopped and not statement.trains:
+                    self._lose(cell_run, statement.statement)
             written = [line for lines in self.blocks[-1][start:] for line in lines.text]
             parts = [line for each in on_one_line for line in lines_of_statement(source, each.statement)]
             if len(on_one_line) > 1 and written[-len(parts) :] == parts:  # unchanged: written on one line again
@@ -188,20 +205,21 @@ class Script:
         if lines:
             self.blocks[-1].append(Lines(lines, ours=ours))
 
-    def _goes_on(self, statement: ExecutedStatement) -> bool:
-        """Whether it is a `%flax_train --resume` of a training of which not all parts are written."""
-        return statement.site is not None and self.context.going(statement.site) is not None
-
     def _write_failed(self, cell_run: CellRun, statement: ast.stmt) -> None:
         """Leaves the statement out that a cell failed in, and what stands below it, in one line.
 
         Of a compound statement, any name may be left without a value.
         """
-        cell, names = cell_run.cell, self.context.names
-        what = "a cell" if cell.number is None else f"In [{cell.number}]"
         rest = "" if statement is cell_run.statements[0].statement else "the rest of "
-        self._write([f"# Left out: {rest}{what}, which failed with {cell.error}."])
-        names.lose(binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{what} failed")
+        self._write([f"# Left out: {rest}{_named(cell_run)}, which failed with {cell_run.cell.error}."])
+        self._lose(cell_run, statement)
+
+    def _lose(self, cell_run: CellRun, statement: ast.stmt) -> None:
+        """Records which names have no value after the statement that a cell failed in."""
+        names = self.context.names
+        names.lose(
+            binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{_named(cell_run)} failed"
+        )
 
     def _skip(self, indices: Sequence[int]) -> None:
         """Moves the root key past runs that no command in the cells made."""
@@ -210,10 +228,10 @@ class Script:
 
     # -- one statement
 
-    def _write_statement(self, executed: ExecutedStatement, source: CellSource, gap: list[str]) -> None:
+    def _write_statement(self, executed: ExecutedStatement, cell_run: CellRun, gap: list[str]) -> None:
         """Writes a statement, below `gap`: the comments and empty lines above it."""
-        context, statement, site = self.context, executed.statement, executed.site
-        self._before, self._runs = [], executed.runs
+        context, statement, site, source = self.context, executed.statement, executed.site, cell_run.source
+        self._before, self._runs, self._stopping = [], executed.runs, executed.failed and executed.site is None
         if site is not None and site.name == "flax_load":
             context.load = next(self._loads, None)
             if context.load is not None:
@@ -224,6 +242,10 @@ class Script:
         edit = Edit(source, context, self._command, self.futures)
         self._declared = edit.declared
         lines, code = edit.statement(statement)
+        if self._stopping and code:
+            lines = self._stopped(executed, cell_run, lines)
+        elif executed.took_effect and not executed.trains:
+            lines = [f"# Here {_named(cell_run)} failed with {cell_run.cell.error}, after this:", *lines]
         self._written |= edit.written
         if edit.left_out:
             assigned = context.models if any(map(sets_variables, ast.walk(statement))) else assigned_by(site)
@@ -232,9 +254,12 @@ class Script:
         context.skipped(skipped, "its variables come from a line that is left out")
         before = self.root.at
         self.root.after(executed)
-        self.bound_in.update(dict.fromkeys(binds(statement), len(self.blocks) - 1))
+        bound = binds(statement)
+        self.bound_in.update(dict.fromkeys(bound, len(self.blocks) - 1))
+        models = ((each.name, each.construction.partition("(")[0]) for each in context.models.values())
+        context.apart |= {name for name, built in models if built.partition(".")[0] in bound}
         if site is None:  # a module that is built again holds its variables anew
-            context.laid_out -= binds(statement)
+            context.laid_out -= bound
         self.blocks[-1] += self._before
         if lines or gap:
             self.blocks[-1].append(Lines([*gap, *lines], ours=bool(edit.written)))
@@ -249,24 +274,63 @@ class Script:
         if reason is not None:
             raise reason
         context.assigned = set()
+        stop = self._stop_before(site)
         try:
             if site.name not in LINES:
                 raise CannotSay("what it does has no lines in a script")
             if context.gone and site.draws:
-                raise CannotSay("the history of its run is gone: %flax_load brought another")
+                gone = "the history of its run is gone: %flax_load brought another"
+                context.lost[site.model] = gone  # which it may have initialised, or changed
+                raise CannotSay(gone)
             lines = LINES[site.name](CommandLines(context, site, indices))
         except CannotSay as error:
-            if indices or not site.path or not site.draws:
+            if indices or not site.path or not site.draws or context.gone:
                 raise
             # A branch that never ran must not run silently in the script either.
             shown = " ".join(f"{site.target} %{site.name} {site.line}".split())
-            return [f"# Left out: {error}.", f"# {shown}", f"raise NotImplementedError({context.writer.text(shown)})"]
+            return [
+                *stop,
+                f"# Left out: {error}.",
+                f"# {shown}",
+                f"raise NotImplementedError({context.writer.text(shown)})",
+            ]
         if site.in_function is not None:
             self._declared.setdefault(site.in_function, set()).update(context.assigned if lines else ())
         else:
             context.names.bind(context.assigned)
             self.bound_in.update(dict.fromkeys(context.assigned, len(self.blocks) - 1))
-        return [*self._inline, *lines]
+        return [*stop, *self._inline, *lines]
+
+    # -- a statement that failed after some runs
+
+    def _stop_before(self, site: CommandSite) -> list[str]:
+        """The lines above those of a command that stop a statement after the runs which it made before it failed."""
+        in_function = site.in_function is not None
+        if not site.draws or not (self.stops_in_functions if in_function else self._stopping):
+            return []
+        unit, left = self.context.writer.unit, self._runs_left
+        if in_function:
+            self.context.assigned.add(left)
+            if left not in self.bound_in:
+                self._before.append(Lines([self._never_stop]))
+                self.bound_in[left] = len(self.blocks) - 1
+        return [f"if {left} == 0:", f"{unit}raise KeyboardInterrupt", f"{left} -= 1"]
+
+    @property
+    def _runs_left(self) -> str:
+        return self.context.writer.variable("runs_left")
+
+    @property
+    def _never_stop(self) -> str:
+        return f"{self._runs_left} = float({self.context.writer.text('inf')})"
+
+    def _stopped(self, executed: ExecutedStatement, cell_run: CellRun, lines: list[str]) -> list[str]:
+        """The lines of a statement that failed, with what stops it where it had stopped."""
+        many = sum(site is not None and site.draws for _, site in executed.runs)
+        stopped = f"{_named(cell_run)} failed here with {cell_run.cell.error}, after {plural(many, 'run')}."
+        counting = f"{self._runs_left} = {many}"
+        tried = tried_until(lines, str(cell_run.cell.error), self.context.writer.unit)
+        return [f"# {stopped}", counting, *tried, *([self._never_stop] if self.stops_in_functions else [])]
 
     def _prepare(self, executed: ExecutedStatement) -> None:
         """Writes what must come before a statement: moves of the root key, and variables that are tested for."""
@@ -396,8 +460,8 @@ class Script:
         block, place = first
         above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
         # Not twice: the user's own cells may have the same imports above.
-        there = {ast.unparse(one) for statement in ast.parse("\n".join(above)).body for one in _singly(statement)}
-        there |= {f"from {one[1]} import {one[2]} as {one[3]}" for one in map(_SUBMODULE.fullmatch, there) if one}
+        there = {ast.unparse(one) for statement in ast.parse("\n".join(above)).body for one in singly(statement)}
+        there |= {f"from {one[1]} import {one[2]} as {one[3]}" for one in map(SUBMODULE.fullmatch, there) if one}
         writer.needs |= {"jax"} if writer.labels else set()
         missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
         head = [Lines(missing, apart=place > 0)] if missing else []
@@ -409,29 +473,8 @@ class Script:
             blocks.insert(block, head)
 
 
-_SUBMODULE = re.compile(r"import (\w+)\.(\w+) as (\w+)")
-"""`import flax.linen as nn`, which binds what `from flax import linen as nn` does."""
-
-
-def _singly(statement: ast.stmt) -> list[ast.stmt]:
-    """A statement that imports several names as several statements; none for any other."""
-    match statement:
-        case ast.Import(names):
-            return [ast.Import([name]) for name in names]
-        case ast.ImportFrom(module, names, level):
-            return [ast.ImportFrom(module, [name], level) for name in names]
-    return []
-
-
-def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:
-    """The statements in groups that share a line."""
-    lines: list[list[ExecutedStatement]] = []
-    for statement in statements:
-        if lines and begin(statement.statement) <= end(lines[-1][-1].statement):
-            lines[-1].append(statement)
-        else:
-            lines.append([statement])
-    return lines
+def _named(cell_run: CellRun) -> str:
+    return "a cell" if cell_run.cell.number is None else f"In [{cell_run.cell.number}]"
 
 
 def _read_by(site: CommandSite) -> set[str]:
@@ -446,18 +489,6 @@ def _read_by(site: CommandSite) -> set[str]:
         with suppress(SyntaxError):  # the line `*` of a `%%flaxmodel` cell is no expression
             names |= {name for statement in ast.parse(text).body for name in reads(statement)}
     return names
-
-
-def assigned_by(site: CommandSite | None) -> Iterable[str]:
-    """The model whose variables `%flax_vars net = …` sets; empty for any other command."""
-    if site is None or site.name != "flax_vars" or "=" not in site.parsed.rest:
-        return ()
-    return (site.parsed.rest.partition("=")[0].strip(),)
-
-
-def sets_variables(node: ast.AST) -> bool:
-    """Whether it is the target of an assignment to a model's `variables`."""
-    return isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load)
 
 
 def _leaves(context: ScriptContext) -> set[str]:

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -371,3 +371,20 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
     signs = ("**" if key is None else f"{segment(text, key)}: " for key in node.keys)
     items = [sign + segment(text, value) for sign, value in zip(signs, node.values, strict=True)]
     return start_of(text, node) + 1, len(text) - 1, items
+
+
+def tried_until(lines: Sequence[str], error: str, unit: str) -> list[str]:
+    """`lines` of a statement that ended with this error, whose lines may also stop themselves by a KeyboardInterrupt."""
+    known = error if hasattr(builtins, error) else "Exception"
+    caught = known if known == "KeyboardInterrupt" else f"(KeyboardInterrupt, {known})"
+    return ["try:", *_inside("\n".join(lines), unit), f"except {caught}:", f"{unit}pass"]
+
+
+def _inside(code: str, unit: str) -> Iterator[str]:
+    """The lines of `code` indented, but for those that begin inside a string."""
+    strings = [piece for piece in pieces(code) if piece.kind == "string"]
+    start = 0
+    for line in code.split("\n"):
+        in_string = any(piece.start < start < piece.end for piece in strings)
+        yield line if in_string or not line else unit + line
+        start += len(line) + 1

@@ -52,25 +52,27 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         @wraps(function)
         def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook: Notebook = self.notebook
-            options = NO_OPTIONS
+            options, journal, ended = NO_OPTIONS, notebook.journal, False
+            runs_before, replacements = journal.runs(), -1
             try:
                 if cell is None and spec is FLAX_APPLY and (known := notebook.known_lines.get(line)) is not None:
                     names = notebook.shell.user_ns if local_ns is None else local_ns
                     value = run_again(notebook, line, known, names)
                     if value is not MISSED:
+                        ended = True
                         return value
+                replacements = notebook.replacements
                 # For a call, a `;` is read together with it; elsewhere it only silences.
                 text = line if spec.takes == "call" else line.rstrip("; ")
                 options = read_line(text) if cell is None else read_cell(text)
                 if options.help or (not line.strip() and cell is None and not spec.bare):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
-                journal = notebook.journal
-                runs_before = journal.runs()
                 names = notebook.shell.user_ns if local_ns is None else local_ns
                 value = function(self, CommandUse(notebook, spec, line, cell, options, names))
-                # Only a command that succeeded is noted down: where it stood, for the runs that it made.
+                # Where it stood, for the runs that it made.
                 journal.drew(runs_before, journal.runs(), notebook.shell.user_global_ns)
+                ended = True
                 notebook.tell_of_autosave()
                 return value
             except FlaxMagicsError:
@@ -85,6 +87,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
                 show_user_frames(error, notebook.shell, hint=hint)
                 raise
             finally:
+                if not ended:  # what was committed by then is of this line all the same
+                    journal.drew(runs_before, journal.runs(), notebook.shell.user_global_ns)
+                    if replacements not in (-1, notebook.replacements):
+                        journal.stopped(notebook.shell.user_global_ns)
                 notebook.called = None  # its arguments would be held until the next command
 
         del run.__wrapped__  # IPython 7 would call by the signature of the wrapped function
@@ -241,7 +247,10 @@ class CommandUse(Record):
                 f"%{name} takes its call from the cell's last line; `{self.rest}` stands on the first.",
                 **written(f"{name} {self.line.strip()}"),
             )
-        return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}", self.taken)
+        body = self.notebook.journal.body
+        return run_statements_with_call(
+            self.notebook.shell, self.cell, self.line, f"%{name}", taken=self.taken, ran=body
+        )
 
     def _check_call(self, command: str) -> None:
         """Raises FlaxMagicsError where a name alone stands in the place of a call, and is no model's."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .._session import Session
     from ..report.text import Notice
     from ..run import Note, Run
+    from ..snapshot.save import Restored
 
 
 @magics_class
@@ -200,11 +201,10 @@ class FlaxMagics(Magics):
             model_cell.read_line(use.rest)  # only to have a mistake told before the body runs
             # A copy: the cell may bind names again, which is compared below.
             names_before = dict(use.user_ns)
-            assigned = run_body(self.shell, use.cell, use.line)
+            assigned = run_body(self.shell, use.cell, use.line, self.notebook.journal.body)
             modules = model_cell.from_cell(use, assigned, names_before)
         with self.notebook.working("registering") as live:
             registered = model_cell.register(modules, use, model_cell.check(modules, use))
-            self.notebook.journal.registered(registered)
         live.show({} if use["quiet"] else registered_bundle(registered, self.style))
 
     @command(FLAX_INIT)
@@ -324,9 +324,12 @@ class FlaxMagics(Magics):
                     f"%flax_key restarts with --seed or draws `{name}`, not both in one line.",
                     write=f"{restart_line(seed, fresh=fresh)}\n%flax_key {plain_name(name, 'latent')}",
                 )
-            notice = restarted(self.session.restart(seed, fresh=fresh))
-            self.notebook.journal.restarted(fresh=fresh)
-            self.tell(notice, use)
+            from ..base.threads import uninterrupted
+
+            with uninterrupted():  # the journal tells an export where the root key was restarted
+                restart = self.session.restart(seed, fresh=fresh)
+                self.notebook.journal.restarted(fresh=fresh)
+            self.tell(restarted(restart), use)
             return None
         if fresh:
             raise FlaxMagicsError("--fresh goes with --seed.", write=restart_line(self.session.seed, fresh=True))
@@ -449,12 +452,15 @@ class FlaxMagics(Magics):
 
         with self.notebook.working("loading") as live:
             file = file_name(use.rest, FLAX_LOAD)
-            restored = self.session.load(file)
-            models = (*restored.models, *(saved.name for saved in restored.waiting))
-            # The file's state tells an export whether it still is the file that was loaded.
-            size = state_of(restored.path) or (0, 0)
-            load = Load(file, size, restored.seed, restored.draws, models, restored.trained)
-            self.notebook.journal.loaded(load)
+
+            def loaded(restored: Restored) -> None:
+                models = (*restored.models, *(saved.name for saved in restored.waiting))
+                # The file's state tells an export whether it still is the file that was loaded.
+                size = state_of(restored.path) or (0, 0)
+                load = Load(file, size, restored.seed, restored.draws, models, restored.trained)
+                self.notebook.journal.loaded(load)
+
+            restored = self.session.load(file, then=loaded)
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
     @command(FLAX_FREE)

@@ -20,6 +20,8 @@ from ..models.calls import constructor
 from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 
 if TYPE_CHECKING:
+    from .._session import Session
+    from ..state.models import Registration
     from .command import CommandUse
 
 
@@ -179,14 +181,28 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
 
 
 def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
-    """Registers all models or none, binds names, and says what became of each model.
+    """Registers all models or none, binds names, and says what became of each model, which the journal notes down.
 
     If all are unchanged, the names that the cell bound again return to the objects that were there.
     """
-    session, user_ns = use.notebook.session, use.user_ns
+    session, registered = use.notebook.session, list[Registered]()
     runs_before = len(session)
-    changes = session.register_all(models.modules, anew=models.anew, cell=use.notebook.number)
-    draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
+
+    def bind(changes: list[Registration]) -> None:
+        draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
+        _bind(models, changes, use)
+        registered.extend(
+            _as_reported(change, session, draws, rows if change is changes[-1] else ()) for change in changes
+        )
+        use.notebook.journal.registered(registered)
+
+    # With the commit: after an interrupt in between, the names would stand for the modules of before.
+    session.register_all(models.modules, anew=models.anew, cell=use.notebook.number, then=bind)
+    return registered
+
+
+def _bind(models: CellModels, changes: list[Registration], use: CommandUse) -> None:
+    session, user_ns = use.notebook.session, use.user_ns
     for name, value in models.bind.items():
         user_ns[name] = session.models[name].module if isinstance(value, Construction) else value
     # An unchanged cell keeps the model and its programs: names go back to the objects that these belong to.
@@ -205,15 +221,14 @@ def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], .
             code = None if (old, new) in same_classes else fingerprint(old)
             if (old, new) in same_classes or (code is not None and code == fingerprint(new)):
                 user_ns[name] = old
-    return [
-        Registered(
-            **{
-                name: getattr(change, name)
-                for name in ("name", "state", "changes", "variables", "file", "unfit", "other", "notes")
-            },
-            module=session.models[change.name].describe(),
-            check=rows if change is changes[-1] else (),
-            draw=draws.get(change.name, ""),
-        )
-        for change in changes
-    ]
+
+
+def _as_reported(
+    change: Registration, session: Session, draws: Mapping[str | None, str], check: tuple[tuple[str, str], ...]
+) -> Registered:
+    facts = {
+        name: getattr(change, name)
+        for name in ("name", "state", "changes", "variables", "file", "unfit", "other", "notes")
+    }
+    module = session.models[change.name].describe()
+    return Registered(**facts, module=module, check=check, draw=draws.get(change.name, ""))

@@ -195,6 +195,11 @@ class Notebook:
             session.services.deadline = settings.deadline
         return session
 
+    @property
+    def replacements(self) -> int:
+        """As `SessionView.replacements`; makes no session."""
+        return 0 if (session := existing()) is None else session.replacements
+
     def names(self) -> Names:
         """The names that completion offers. Makes no session."""
         session, shell = existing(), self.shell

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import dis
+import operator
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy
+from itertools import starmap
 from types import CodeType
 from typing import Any
 
@@ -24,7 +27,7 @@ IN_CELL = "line {line} of this cell"
 """Where a syntax error is. Ours, because for a magic's SyntaxError IPython would show all frames down to the parser."""
 
 
-def run_body(shell: Any, body: str, line: str) -> tuple[str, ...]:
+def run_body(shell: Any, body: str, line: str, ran: list[int] | None = None) -> tuple[str, ...]:
     """Runs the body of a `%%flaxmodel` cell in the user's namespace, as an ordinary cell.
 
     Magics and `!commands` work, expressions are displayed as `ast_node_interactivity` says, `__future__` imports hold
@@ -34,6 +37,7 @@ def run_body(shell: Any, body: str, line: str) -> tuple[str, ...]:
       shell: an `InteractiveShell`.
       body: the lines below the magic line.
       line: the text of the magic line after the command.
+      ran: gets the last line of each statement that has run, counted in the cell.
 
     Returns:
       The names that it assigned at the top level and that are bound now, in order of first appearance.
@@ -43,12 +47,18 @@ def run_body(shell: Any, body: str, line: str) -> tuple[str, ...]:
       Exception: whatever a statement of the body raises; those before it have run.
     """
     cell = _read(shell, body, f"%%flaxmodel {line}".rstrip())
-    _run(shell, cell.tree.body, cell, shell.ast_node_interactivity)
+    _run(shell, cell.tree.body, cell, shell.ast_node_interactivity, [] if ran is None else ran)
     return tuple(name for name in assigned_names(cell.tree) if name in shell.user_ns)
 
 
 def run_statements_with_call(
-    shell: Any, body: str, line: str = "", command: str = "%%flax_apply", taken: frozenset[str] = frozenset()
+    shell: Any,
+    body: str,
+    line: str = "",
+    command: str = "%%flax_apply",
+    *,
+    taken: frozenset[str] = frozenset(),
+    ran: list[int] | None = None,
 ) -> tuple[CallExpression, Callable[[Any], None] | None]:
     """Runs all statements of a body but the last, which must be a call with or without assignment.
 
@@ -78,7 +88,8 @@ def run_statements_with_call(
     # The text as it was written, which reports and exports show.
     call_text = ast.get_source_segment(cell.source, value) or ast.unparse(value)
     call = parse_call(call_text, first.replace("%%", "%", 1), taken)._replace(quiet=cell.quiet)
-    _run(shell, statements, cell, "all" if shell.ast_node_interactivity == "all" else "none")
+    interactivity = "all" if shell.ast_node_interactivity == "all" else "none"
+    _run(shell, statements, cell, interactivity, [] if ran is None else ran)
     return call, None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
 
 
@@ -151,7 +162,7 @@ def _read(shell: Any, body: str, magic_line: str) -> _Cell:
     return _Cell(tree, source, filename, ends_quietly(source))
 
 
-def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> None:
+def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str, ran: list[int]) -> None:
     """Compiles all of `nodes`, then runs them one by one, as `InteractiveShell.run_ast_nodes` does."""
     if interactivity == "last_expr_or_assign" and nodes:
         match nodes[-1]:
@@ -172,8 +183,10 @@ def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> 
         except (SyntaxError, ValueError, OverflowError) as error:
             raise syntax_error(cell.source, error, IN_CELL) from None
     # After all were compiled, so that a syntax error is told before anything runs.
-    for code in codes:
-        exec(code, shell.user_global_ns, shell.user_ns)
+    for node, code in zip(nodes, codes, strict=True):
+        # Both in one C call: an interrupt in between would leave a statement that has run unsaid.
+        run = (exec, code, shell.user_global_ns, shell.user_ns), (ran.append, node.end_lineno)
+        deque(starmap(operator.call, run), maxlen=0)
 
 
 def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:

@@ -5,7 +5,7 @@ Either all of them fit (same tree, shapes and dtypes) or none is used; what does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..state.models import Registration, differences
 from ..state.state import SavedModel, State
 from ..state.training import Optimizer
 from ..state.trees import Differs, foreign_in, graft
-from ..state.weights import WeightSource
+from ..state.weights import WeightSource, named_leaves
 from .document import versions
 
 
@@ -78,6 +78,10 @@ def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
         return Matched(entry.with_variables(None, None))
     variables, init, outdated = _held_against(saved, model)
     assigned = saved.assigned or init is None
+    if init is None:  # a loss made them, which is in no file
+        init = entry.last_init
+        if init is not None and init.shapes is not None:
+            _check_common(variables, init.shapes, saved.updates)
     entry = replace(
         entry,
         variables=variables,
@@ -89,6 +93,17 @@ def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
         **_trained(saved),
     )
     return Matched(entry, other=() if saved.text == model.describe() else (f"was {saved.text} there",))
+
+
+def _check_common(variables: PyTree, shapes: PyTree, updates: Container[str]) -> None:
+    """Raises Unfit where a leaf that both trees have is another in the model's last init; what runs wrote is left out."""
+    there, here = (
+        named_leaves({name: tree for name, tree in each.items() if name not in updates})
+        for each in (_leaves_only(variables), shapes)
+    )
+    changes = differences(*({name: each[name] for name in there if name in here} for each in (there, here)))
+    if changes:
+        raise Unfit(changes)
 
 
 def _trained(saved: SavedModel) -> dict[str, Any]:

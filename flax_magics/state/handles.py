@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from .state import SavedModel, State
 
 
+Then = Callable[..., object]
+"""Called with the result of a method, right after its commit."""
+
+
+def nothing(*_: object) -> None:
+    """What follows a commit where nobody waits for it."""
+
+
 class ShapeBefore(Struct, frozen=True):
     """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
 
@@ -168,13 +176,21 @@ class SessionView:
         self._state = state
         self._committing = threading.Lock()
         """Held while the state is replaced."""
+        self.replacements = 0
+        """How often the state was replaced by something besides a run, and by the steps of trainings."""
 
     @contextmanager
-    def _in_place_of(self, before: State) -> Iterator[None]:
-        """A block that replaces the state `before`; neither Ctrl-C nor another thread can come in between."""
-        with uninterrupted(), self._committing:
-            self._check(before)
-            yield
+    def _in_place_of(self, before: State, then: Then = nothing) -> Iterator[None]:
+        """A block that replaces the state `before`; neither Ctrl-C nor another thread can come in between.
+
+        `then` is called right after it, before a Ctrl-C that came meanwhile.
+        """
+        with uninterrupted():
+            with self._committing:
+                self._check(before)
+                self.replacements += 1
+                yield
+            then()
 
     def _check(self, before: State) -> None:
         """Raises Overtaken if `before` is the state no more: what follows from it would undo what another thread did."""

@@ -45,6 +45,7 @@ class LossMethods:
     services: Services
     autosaving: Any
     _committing: threading.Lock
+    replacements: int
     _keeping: ReplayBudget
     _check: Callable[[State], None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
@@ -276,6 +277,7 @@ class Committing:
                 state = replace(state, models={**state.models, entry.name: entry}, runs=runs)
             if progress.write is not None:
                 progress.write()
+            session.replacements += 1
             at_once(((object.__setattr__, session, "_state", state),))
         if self._last is None:
             session._count_replaced(self._before, entry)

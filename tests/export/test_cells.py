@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-from exporting import CHILD, NORMED, assert_same, compared, digests_of, exported, printed
+from exporting import CHILD, NNX_NET, NORMED, assert_same, compared, digests_of, exported, printed
+from interrupts import interrupted_when
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
@@ -174,3 +175,70 @@ def test_variables_that_a_draw_without_a_line_changed_are_not_used(notebook, tmp
     runs = notebook.session.runs
     script = assert_same(notebook, tmp_path, kept=[runs[0], *runs[3:]])
     assert f"# Left out: its variables come from a draw that no line of the cells explains.\n# {train}\n" in script
+
+
+WITH_LOSS = (
+    NORMED
+    + """
+def loss(net, batch):
+    return (net(batch, train=True) ** 2).mean()
+"""
+)
+LEFT_AT_ONCE = [
+    "y = %flax_apply --train normed(x)",
+    "%%flax_apply --eval\nx2 = x * 2\ny = normed(x2)",
+    "variables = %flax_init normed(x)",
+    "latent = %flax_key latent",
+    "ys = %flax_apply --samples 2 normed(x, train=True)",
+    "y = %flax_apply --keys-of last normed(x)",
+    "gradients = %flax_grad loss(normed, x)",
+    "%flax_vars normed = jax.tree.map(lambda leaf: leaf * 2, normed.init(jax.random.key(1), x))",
+    "%flax_key --seed 3",
+    "%%flaxmodel net = Net(8, 3)\n" + NNX_NET.partition("\n")[2],
+    "net = %flax_apply net(x[0])",
+    "for i in range(5):\n    y = %flax_apply --train normed(x)\n    y = %flax_apply normed(x * i)",
+    "y = [once(x * i) for i in range(3)]",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_line_committed_before_it_was_interrupted_is_the_lines(notebook, tmp_path):
+    notebook("from flax import nnx")
+    notebook(WITH_LOSS)
+    notebook("def once(x):\n    y = %flax_apply --train normed(x)\n    return y")
+    y = notebook.shell.user_ns["y"] = object()
+    for turn, cell in [*((1, cell) for cell in LEFT_AT_ONCE), *((3, cell) for cell in LEFT_AT_ONCE[-2:])]:
+        state, turns = notebook.session._state, 0
+
+        def is_due(_: object) -> bool:
+            nonlocal state, turns
+            turns += notebook.session._state is not state
+            state = notebook.session._state
+            return turns == turn  # noqa: B023
+
+        with interrupted_when(is_due):
+            result = notebook.shell.run_cell(cell, store_history=True)
+        assert isinstance(result.error_in_exec, KeyboardInterrupt), cell
+        assert notebook["y"] is y or turn > 1
+        notebook("y = %flax_apply --train normed(x)")
+        y = notebook["y"]
+    assert_same(notebook, tmp_path)
+
+
+def test_of_the_body_of_a_model_cell_the_script_has_what_ran(notebook, tmp_path):
+    notebook.fails("%%flaxmodel 3 = net\nwidth = 5")
+    notebook.fails("%%flaxmodel\ndepth = 2\nheight = 3")
+    notebook("print('width' in globals(), 'height' in globals())")
+    assert printed(exported(notebook), tmp_path) == ["False True"]
+
+
+def test_a_loop_whose_history_another_session_replaced_is_left_out_whole(notebook, tmp_path):
+    notebook(CHILD)
+    notebook(f"%flax_save {tmp_path / 's.safetensors'}")
+    notebook("for _ in range(2):\n    y = %flax_apply child(x)\nvariables = %flax_vars child")
+    notebook(f"%flax_load {tmp_path / 's.safetensors'}")
+    notebook("y = %flax_apply child(x)")
+    script = exported(notebook)
+    assert "# for _ in range(2):\n#     y = %flax_apply child(x)\n" in script
+    assert "# variables = %flax_vars child\n" in script
+    assert digests_of(printed(script, tmp_path)) == [notebook.session.runs[-1].digest]

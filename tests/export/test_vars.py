@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from exporting import NORMED, assert_same, exported
+import pytest
+from exporting import NNX_NET, NORMED, assert_same, exported
 
 TRAINED = "params = jax.tree.map(lambda leaf: leaf + 1, variables['params'])\n"
 NNX = """\
@@ -32,7 +33,9 @@ def test_variables_that_were_given_as_a_message_writes_it_too_and_taken(notebook
 def test_an_nnx_module_is_updated(notebook, tmp_path):
     double = "state = %flax_vars net\n%flax_vars net = jax.tree.map(lambda leaf: leaf * 2, state)"
     script = assert_same(notebook, tmp_path, NNX, double, "%flax_apply net(x)")
-    assert "\nstate = nnx.state(net)\nnnx.update(net, jax.tree.map(lambda leaf: leaf * 2, state))\n" in script
+    assert (
+        "\nstate = nnx.state(nnx.clone(net))\nnnx.update(net, jax.tree.map(lambda leaf: leaf * 2, state))\n" in script
+    )
 
 
 def test_runs_after_variables_that_no_line_gives_are_left_out(notebook):
@@ -86,3 +89,20 @@ def test_weights_that_no_line_had_given_do_not_come_back(notebook):
 def test_a_mode_that_nothing_set(notebook, tmp_path):
     model = NORMED.replace(", train=False", "").replace("not train", "True")
     assert "Left out" not in assert_same(notebook, tmp_path, model, "y = %flax_apply --train normed(x)")
+
+
+@pytest.mark.usefixtures("digests_taken")
+def test_variables_that_a_name_holds_are_not_those_that_later_runs_write(notebook, tmp_path):
+    notebook("from flax import nnx")
+    notebook(NNX_NET)
+    for cell in (
+        "kept = %flax_vars net",
+        "y = %flax_apply --train net(x[0])",
+        "made = %flax_init net(x[0])",
+        "y = %flax_apply --train net(x[0])",
+        "%flax_vars net = kept",
+        "y = %flax_apply net(x[0])",
+        "%flax_vars net = made",
+    ):
+        notebook(cell)
+    assert_same(notebook, tmp_path, "y = %flax_apply net(x[0])")

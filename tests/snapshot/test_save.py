@@ -279,6 +279,21 @@ def test_what_does_not_fit_is_told_leaf_by_leaf_and_none_of_it_is_used(path, sav
     assert state_of(third) == before
 
 
+def test_variables_that_a_loss_made_do_not_fit_a_model_of_another_width(path):
+    def loss(net, x):
+        return (net(x) ** 2).mean()
+
+    session = Session()
+    session.register("net", nn.Dense(3))
+    session.train(loss, "net", x, optimizer=optax.sgd(0.1), steps=1)
+    session.save(path)
+    session.register("net", nn.Dense(2))
+    state = session._state
+    with pytest.raises(FlaxMagicsError, match=r"net: bias \[3\]→\[2\]\n  net: kernel \[4,3\]→\[4,2\]"):
+        session.load(path)
+    assert session._state is state
+
+
 def test_an_nnx_module_that_does_not_fit_keeps_what_it_holds(path):
     session_of(Own(3, rngs=nnx.Rngs(0))).save(path)
     other = loaded_session(path)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import dis
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
 
-@contextlib.contextmanager
-def interrupted_after(lines: int, interrupt: Callable[[FrameType], object], *, once: bool = False) -> Iterator[None]:
+def press(frame: FrameType) -> None:
+    """Ctrl-C in that frame: a signal raised here would be handled in the frame of this function."""
+    handler = signal.getsignal(signal.SIGINT)
+    assert callable(handler)
+    handler(signal.SIGINT, frame)
+
+
+def interrupted_after(
+    lines: int, interrupt: Callable[[FrameType], object] = press, *, once: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """A block in which `interrupt` is called once so many lines of ours have run, with the frame of the next one.
 
     A KeyboardInterrupt ends the block.
@@ -23,15 +32,33 @@ def interrupted_after(lines: int, interrupt: Callable[[FrameType], object], *, o
     executed = 0
     known: set[tuple[CodeType, int]] = set()
 
-    def trace(frame: Any, event: str, arg: Any) -> Any:
+    def is_due(frame: FrameType) -> bool:
         nonlocal executed
-        if "flax_magics" not in frame.f_code.co_filename:
-            return None
         place = frame.f_code, frame.f_lineno
-        if event == "line" and not (once and place in known):
+        if not (once and place in known):
             executed += 1
             known.add(place)
-        if executed > lines and not _is_deaf(frame):
+        return executed > lines
+
+    return interrupted_when(is_due, interrupt)
+
+
+@contextlib.contextmanager
+def interrupted_when(
+    is_due: Callable[[FrameType], bool], interrupt: Callable[[FrameType], object] = press
+) -> Iterator[None]:
+    """A block in which `interrupt` is called once at a line of ours, the first of which `is_due` says so.
+
+    A KeyboardInterrupt ends the block.
+    """
+    due = False
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal due
+        if "flax_magics" not in frame.f_code.co_filename:
+            return None
+        due = due or (event == "line" and is_due(frame))
+        if due and not _is_deaf(frame):
             sys.settrace(None)
             interrupt(frame)
         return trace
