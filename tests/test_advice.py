@@ -416,7 +416,7 @@ SCENARIOS = [
              patch=lambda m: m.setattr(execute, "limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9))),
     Scenario("execution.execute._check_samples", "%flax_apply --samples 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
-    Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
+    Scenario("line.call.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
     Scenario(COLLECTIONS, f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
     Scenario(COLLECTIONS, "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),

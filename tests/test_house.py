@@ -19,7 +19,7 @@ FILES_SINCE = {
     *("base/processes.py", "base/curve.py", "report/curve.py", "report/layers.py", "state/training.py"),
     *("snapshot/training.py", "export/training.py", "export/losses.py", "export/steps.py", "notebook/extension.py"),
     *("notebook/free.py", "compile/placement.py", "compile/disk_cache.py", "compile/program_keys.py", "line/axes.py"),
-    *("report/mesh.py", "export/mesh.py"),
+    *("line/kinds.py", "report/mesh.py", "export/mesh.py"),
 }
 """Files of other rooms that only keep, show or export what a loss gives, or a training; and what had to be parted since."""
 

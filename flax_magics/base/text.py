@@ -49,6 +49,11 @@ def replaces(shell: Any) -> bool:
     return kernel is not None and not type(kernel).__module__.startswith("ipyparallel.")
 
 
+def three_digits(value: float) -> str:
+    """A number by its first three digits: `0.0123`, `1.23e+06`."""
+    return f"{value:.3g}"
+
+
 def cell_len(text: str) -> int:
     """The number of terminal columns that a text takes: wide characters take two, combining ones none."""
     return _measure()(text)

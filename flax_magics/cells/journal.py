@@ -183,7 +183,7 @@ class Journal:
 
     def stopped(self, names: object) -> None:
         """Records where in the cell a command stands that was ended after it had changed the session."""
-        frame = calling_frame(names) if self._depth else None
+        frame = calling_frame(names, sys._getframe()) if self._depth else None
         if frame is not None:
             place = Place(self.runs(), frame.f_lineno, frame.f_code.co_name)
             self._running = self._running._replace(stopped=place)

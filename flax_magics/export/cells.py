@@ -336,6 +336,11 @@ class CellRun:
     statements: list[ExecutedStatement]
     loose: list[int] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The cell as a comment names it: `In [3]`."""
+        return "a cell" if self.cell.number is None else f"In [{self.cell.number}]"
+
 
 def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run]) -> list[CellRun]:
     """Matches runs with the statements that made them. Returns the executions in order.

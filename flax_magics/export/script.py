@@ -211,14 +211,14 @@ class Script:
         Of a compound statement, any name may be left without a value.
         """
         rest = "" if statement is cell_run.statements[0].statement else "the rest of "
-        self._write([f"# Left out: {rest}{_named(cell_run)}, which failed with {cell_run.cell.error}."])
+        self._write([f"# Left out: {rest}{cell_run.label}, which failed with {cell_run.cell.error}."])
         self._lose(cell_run, statement)
 
     def _lose(self, cell_run: CellRun, statement: ast.stmt) -> None:
         """Records which names have no value after the statement that a cell failed in."""
         names = self.context.names
         names.lose(
-            binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{_named(cell_run)} failed"
+            binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{cell_run.label} failed"
         )
 
     def _skip(self, indices: Sequence[int]) -> None:
@@ -245,7 +245,7 @@ class Script:
         if self._stopping and code:
             lines = self._stopped(executed, cell_run, lines)
         elif executed.took_effect and not executed.trains:
-            lines = [f"# Here {_named(cell_run)} failed with {cell_run.cell.error}, after this:", *lines]
+            lines = [f"# Here {cell_run.label} failed with {cell_run.cell.error}, after this:", *lines]
         self._written |= edit.written
         if edit.left_out:
             assigned = context.models if any(map(sets_variables, ast.walk(statement))) else assigned_by(site)
@@ -327,7 +327,7 @@ class Script:
     def _stopped(self, executed: ExecutedStatement, cell_run: CellRun, lines: list[str]) -> list[str]:
         """The lines of a statement that failed, with what stops it where it had stopped."""
         many = sum(site is not None and site.draws for _, site in executed.runs)
-        stopped = f"{_named(cell_run)} failed here with {cell_run.cell.error}, after {plural(many, 'run')}."
+        stopped = f"{cell_run.label} failed here with {cell_run.cell.error}, after {plural(many, 'run')}."
         counting = f"{self._runs_left} = {many}"
         tried = tried_until(lines, str(cell_run.cell.error), self.context.writer.unit)
         return [f"# {stopped}", counting, *tried, *([self._never_stop] if self.stops_in_functions else [])]
@@ -471,10 +471,6 @@ class Script:
             blocks[block][place:place] = head
         else:
             blocks.insert(block, head)
-
-
-def _named(cell_run: CellRun) -> str:
-    return "a cell" if cell_run.cell.number is None else f"In [{cell_run.cell.number}]"
 
 
 def _read_by(site: CommandSite) -> set[str]:

@@ -446,3 +446,20 @@ def _models(statement: ast.stmt) -> list[tuple[ast.expr | None, ast.expr | None]
         case ast.Expr(ast.Call() | ast.Subscript() | ast.Attribute() as value) if not _is_builtin(value):
             return [(value, value)]
     return [(None, None)]
+
+
+def parse_variables(text: str) -> Assignment:
+    """Reads the line of `%flax_vars`: `net`, or `net = EXPR`.
+
+    Raises:
+      FlaxMagicsError: it is something else.
+    """
+    match statements(text.strip()):
+        case [ast.Expr(ast.Attribute() | ast.Subscript() | ast.Call() as tree)]:
+            root: ast.expr = tree
+            while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
+                root = root.func if isinstance(root, ast.Call) else root.value
+            if isinstance(root, ast.Name):
+                message = f"%flax_vars takes the name of a model, not `{text}`."
+                raise FlaxMagicsError(message, write=f"variables = %flax_vars {root.id}")
+    return parse_assignment(text, "%flax_vars", "net")

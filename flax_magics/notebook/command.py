@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
-from ..base.tokens import statements, variable_name
+from ..base.tokens import variable_name
 from ..base.types import Record
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import (
-    Assignment,
     CallExpression,
     fresh_names,
-    parse_assignment,
     parse_call,
     root_name,
     values_first,
 )
-from ..line.commands import FLAX_APPLY, FLAX_VARS
+from ..line.commands import FLAX_APPLY
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
 from .notebook import BACK, BriefCommand, KnownLine, ModelCall, Notebook
@@ -484,23 +482,6 @@ class CommandUse(Record):
             message = "nothing has been drawn in this session that could be run again."
             raise FlaxMagicsError(message, form="%flax_apply …")
         return text if text == "last" else self.draw_of(text, f"%flax_replay {self.line[: self.read.offset]}{{}}")
-
-
-def parse_variables(text: str) -> Assignment:
-    """Reads the line of `%flax_vars`: `net`, or `net = EXPR`.
-
-    Raises:
-      FlaxMagicsError: it is something else.
-    """
-    match statements(text.strip()):
-        case [ast.Expr(ast.Attribute() | ast.Subscript() | ast.Call() as tree)]:
-            root: ast.expr = tree
-            while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
-                root = root.func if isinstance(root, ast.Call) else root.value
-            if isinstance(root, ast.Name):
-                message = f"%flax_vars takes the name of a model, not `{text}`."
-                raise FlaxMagicsError(message, write=f"variables = %flax_vars {root.id}")
-    return parse_assignment(text, FLAX_VARS.name, "net")
 
 
 def with_package(user_ns: Namespace, local_ns: Namespace) -> Namespace:

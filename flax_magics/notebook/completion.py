@@ -18,7 +18,8 @@ from traitlets import Bool, Dict, Enum, Int, TraitType
 
 from ..base.tokens import Unbalanced, pieces, token_end, variable_name
 from ..code.library import is_module, is_module_class
-from ..line.commands import COMMANDS, FLAX_GRAD, KINDS
+from ..line.commands import COMMANDS, FLAX_GRAD
+from ..line.kinds import KINDS
 from ..line.options import Command, Option
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from traitlets import Bool, Dict, Enum, Float, Int, observe, validate
 
 from ..cells.journal import Load, state_of
 from ..errors import FlaxMagicsError, did_you_mean
-from ..line.call import CallExpression, parse_call, parse_expression, plain_name
+from ..line.call import CallExpression, parse_call, parse_expression, parse_variables, plain_name
 from ..line.commands import (
     FLAX,
     FLAX_APPLY,
@@ -34,11 +34,11 @@ from ..line.commands import (
     FLAX_TRAIN,
     FLAX_VARS,
     FLAXMODEL,
-    KINDS,
     restart_line,
 )
+from ..line.kinds import KINDS
 from ..line.options import ApplyOptions, file_name, quoted, unquoted
-from .command import CommandUse, command, parse_variables, with_package
+from .command import CommandUse, command, with_package
 from .notebook import KNOWN_LINES, KnownLine, Notebook, existing
 from .reporter import Settings
 from .run_cell import assigned_to, displayed, run_body

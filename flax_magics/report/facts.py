@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from ..base.curve import ROW_ORDER
 from ..base.digest import data_of, describe, is_gone
-from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
+from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share, three_digits
 from ..base.types import Leaf
 from ..rng.keys import SPLIT, StepDraw, short_key, stream_tag
 from . import curve
@@ -153,7 +153,7 @@ def brief(run: Run) -> tuple[str, ...]:
     if run.made is not None and not run.resumed:
         parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
     parts += REPORTED[run.command].cost(run)
-    parts += [f"mean {_number(spread.mean)} ± {_number(spread.deviation)}" for spread in run.spread[:1]]
+    parts += [f"mean {three_digits(spread.mean)} ± {three_digits(spread.deviation)}" for spread in run.spread[:1]]
     return (*parts, *changed_of(run), weights_of(run), verdict(run))
 
 
@@ -247,7 +247,7 @@ def scalars_of(run: Run) -> tuple[str, ...]:
     output = run.output
     scalars = [("loss", getattr(output, "loss", None)), *(getattr(output, "metrics", None) or {}).items()]
     there = [(name, value) for name, value in scalars if value is not None and not is_gone(value)]
-    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in there)
+    return tuple(f"{clean(name)} {three_digits(float(value))}" for name, value in there)
 
 
 def not_finite(run: Run) -> tuple[str, ...]:
@@ -267,7 +267,7 @@ def not_finite(run: Run) -> tuple[str, ...]:
 def values_of(run: Run) -> tuple[str, ...]:
     """Range and mean of the finite numbers in each array of the output, of the first four arrays."""
     return _first_four(
-        f"{_at(values.path)}{_number(values.least)} … {_number(values.most)}, mean {_number(values.mean)}"
+        f"{_at(values.path)}{three_digits(values.least)} … {three_digits(values.most)}, mean {three_digits(values.mean)}"
         for values in run.values
         if values.least is not None and values.most is not None and values.mean is not None
     )
@@ -275,11 +275,11 @@ def values_of(run: Run) -> tuple[str, ...]:
 
 def samples_of(run: Run) -> tuple[str, ...]:
     """Mean and spread over the samples of each array of the output, of the first four arrays."""
-    texts = [f"{_at(spread.path)}mean {_number(spread.mean)}" for spread in run.spread]
+    texts = [f"{_at(spread.path)}mean {three_digits(spread.mean)}" for spread in run.spread]
     # One sample has no spread.
     if (run.samples or 1) == 1:
         return _first_four(texts)
-    deviations = (_number(spread.deviation) for spread in run.spread)
+    deviations = (three_digits(spread.deviation) for spread in run.spread)
     texts = [f"{text}, spread ± {deviation}" for text, deviation in zip(texts, deviations, strict=True)]
     return (*_first_four(texts), "(each element's standard deviation over the samples, averaged)") if texts else ()
 
@@ -291,10 +291,6 @@ def _first_four(texts: Iterable[str]) -> tuple[str, ...]:
 
 def _at(path: str) -> str:
     return f"{clean(path)}: " if path else ""
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _made(run: Run) -> tuple[str, ...]:
@@ -320,12 +316,14 @@ def keys_of(run: Run) -> tuple[str, ...]:
     """`dropout → Dropout_0` for each key that was taken; `dropout → nobody, layers off` where they would take it if on."""
     if not run.kind.model:
         return ()
-    where = {stream: takers(run, stream) for stream in run.keys}
-    # That a `params` key has no taker is no news either: variables were there, as usual.
-    shown = {stream for stream in run.keys if where[stream] != "nobody" or (stream in run.idle and stream != "params")}
-    where = {stream: taker + ", layers off" * (taker == "nobody") for stream, taker in where.items()}
-    shown -= {"params"} if run.resumed else set()
-    return tuple(f"{clean(stream)} → {where[stream]}" for stream in run.keys if stream in shown)
+    shown = []
+    for stream in run.keys:
+        taker = takers(run, stream)
+        # That a `params` key has no taker is no news: variables were there, as usual.
+        old = stream == "params" and (run.resumed or taker == "nobody")
+        if not old and (taker != "nobody" or stream in run.idle):
+            shown.append(f"{clean(stream)} → {taker}" + ", layers off" * (taker == "nobody"))
+    return tuple(shown)
 
 
 def takers(run: Run, stream: str) -> str:
