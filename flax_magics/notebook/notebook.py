@@ -69,7 +69,7 @@ class CommandInProgress:
     the name `out` is then bound to their Run.
     """
 
-    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool, out: str | None) -> None:
+    def __init__(self, notebook: Notebook, what: str, *, brief: bool, quiet: bool, out: str | None = None) -> None:
         self._notebook, self._what, self._brief, self._quiet, self._guarded = notebook, what, brief, quiet, False
         self._out = out
         self.session, self._live = notebook.session, notebook.reporter.live()
