@@ -126,7 +126,7 @@ class CommandInProgress(BriefCommand):
     the name `out` is then bound to their Run.
     """
 
-    def __init__(self, notebook: Notebook, what: str, *, quiet: bool, out: str | None) -> None:
+    def __init__(self, notebook: Notebook, what: str, *, quiet: bool, out: str | None = None) -> None:
         super().__init__(notebook, what)
         self._quiet, self._out = quiet, out
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.

@@ -21,6 +21,8 @@ from flax_magics.report.text import normal
 from flax_magics.run import Run
 from flax_magics.state.runs import StoredRun
 
+STOPPED = normal(INTERRUPTED).replace("after 6 steps", "after 6 steps · `flax_magics.session().runs[-1]` is its Run")
+
 
 class Training:
     """A cell that trains, in a notebook whose live line comes at once and is drawn again without end."""
@@ -107,7 +109,7 @@ def test_the_curve_takes_the_place_of_the_line_and_the_report_that_of_the_curve(
 def test_after_an_interrupt_the_finished_steps_are_shown_and_how_to_go_on(training) -> None:
     with pytest.raises(KeyboardInterrupt) as raised:
         training.fails(KeyboardInterrupt(), reached=UNDER_WAY, kept=INTERRUPTED)
-    assert training.texts[-1] == normal(INTERRUPTED)
+    assert training.texts[-1] == STOPPED
     assert training.last[RUN_JSON]["trained"]["stopped"] == "interrupted"
     said = raised.value._render_traceback_()  # type: ignore[attr-defined]
     assert said == ["KeyboardInterrupt: stopped while training net; kept: its 6 finished steps"]
@@ -116,7 +118,7 @@ def test_after_an_interrupt_the_finished_steps_are_shown_and_how_to_go_on(traini
 def test_an_error_after_finished_steps_shows_them_as_well(training) -> None:
     with pytest.raises(ValueError, match="labels"):
         training.fails(ValueError("labels"), kept=INTERRUPTED)
-    assert training.texts[-1] == normal(INTERRUPTED)
+    assert training.texts[-1] == STOPPED
 
 
 def test_one_that_fails_before_its_first_step_leaves_nothing_even_after_an_earlier_training(training) -> None:
