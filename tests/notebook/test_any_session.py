@@ -13,19 +13,19 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from by_hand import bits, keys_of
+from exporting import digests_of, printed
 from flax import linen as nn
 from flax import nnx
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from interrupts import interrupted_after
+from interrupts import interrupted_after, press
 
 from flax_magics import _session
 from flax_magics.models import base
@@ -34,7 +34,8 @@ SESSIONS, STEPS = 40, 250
 """10,000 steps in 115 s of one processor: most are runs of some ms; an edit or a first run takes some tens."""
 FEW = 5
 MANY = 1000
-"""`--hypothesis-profile many` asks for all of these steps, others each time; without it a few are tried, the same ones."""
+"""`--hypothesis-profile many` asks for all of these steps, others each time, and runs what each session exports; without it
+a few are tried, the same ones."""
 
 SETUP = """\
 import jax, optax, flax.linen as nn, numpy as np
@@ -55,6 +56,7 @@ LINEN = """\
 %%flaxmodel
 class Net(nn.Module):
     training: bool = False
+    width = WIDTH
     @nn.compact
     def __call__(self, x, z=None, fail=None):
         first = self.variable('received', 'params', lambda: jax.random.key_data(self.make_rng('params')))
@@ -75,13 +77,14 @@ net = Net()
 NNX = """\
 %%flaxmodel nnet = Nnet()
 class Nnet(nnx.Module):
+    width = WIDTH
     def __init__(self, *, rngs):
         self.received = nnx.Cache(jax.random.key_data(rngs.params()))
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (4, WIDTH)))
         self.count = nnx.BatchStat(jnp.zeros(()))
-        self.rngs = rngs
+        self.dropout = rngs.dropout  # a stream of `params` would be no more the init's alone, for which loops have no lines
     def __call__(self, x, fail=None):
-        key = self.rngs.dropout()
+        key = self.dropout()
         self.count[...] = self.count[...] + 1
         y = (x @ self.kernel[...]) * jax.random.bernoulli(key, 0.5, (WIDTH,)) * SCALE
         if fail == 'trace':
@@ -160,13 +163,6 @@ def data(key: Any) -> bytes:
     return np.asarray(jax.random.key_data(key)).tobytes()
 
 
-def press(frame: FrameType) -> None:
-    """Ctrl-C in that frame: a signal raised here would be handled in the frame of this function."""
-    handler = signal.getsignal(signal.SIGINT)
-    assert callable(handler)
-    handler(signal.SIGINT, frame)
-
-
 class Handed(NamedTuple):
     """A key that somebody was handed: which draw's, which stream's, of a training which step's."""
 
@@ -177,16 +173,17 @@ class Handed(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What was true when a session was saved."""
+    """What was true when a session was saved into a file."""
 
+    path: Path
     seen: Any
     handed: set[Handed]
-    widths: dict[str, int | None]
+    widths: dict[str, int]
     repeated: set[str]
 
 
 names = st.sampled_from(["net", "nnet"])
-interrupts = st.one_of(*[st.none()] * 9, st.integers(0, 400), st.integers(0, 4000))
+interrupts = st.integers(0, 9).flatmap(lambda pick: st.none() if pick else st.integers(0, 400) | st.integers(0, 4000))
 """After how many of the package's lines a command is interrupted, in about one of ten."""
 
 
@@ -203,18 +200,20 @@ class AnySession(RuleBasedStateMachine):
         """Draws that can be replayed, with what the model was handed."""
         self.params: dict[str, bytes | None] = {"net": None, "nnet": None}
         """With what each model's variables were initialised, as it says itself."""
-        self.widths: dict[str, int | None] = {"net": None, "nnet": None}
-        """Of the parameters that there are; None after an interrupt, which may leave either."""
-        self.saved: list[Saved | None] = [None]
-        """What the file may hold, None for no file: more than one thing where a save was interrupted."""
+        self.saved: list[Saved] = []
         self.repeated: set[str] = set()
         """Models whose last training began with a seed that was restarted since: its further steps' keys may come twice."""
-        self.kept: dict[str, int | None] = {}
+        self.kept: dict[str, int] = {}
         """Models whose variables are held under a name of the notebook, with their width."""
-        (folder / "s.safetensors").unlink(missing_ok=True)
+        self.runs = 0
+        """How many runs there were after the last cell."""
+        self.loaded = 0
+        """How many of the session's runs came from a file."""
         if "flax_magics" in notebook.shell.extension_manager.loaded:
             notebook("%unload_ext flax_magics")
         _session._current = None
+        history = notebook.shell.history_manager
+        history.input_hist_raw[:], history.input_hist_parsed[:], notebook.shell.execution_count = [""], [""], 1
         notebook("%load_ext flax_magics")
         notebook(SETUP)
 
@@ -243,6 +242,10 @@ class AnySession(RuleBasedStateMachine):
             return np.asarray(model.module.received[...]).tobytes()
         return np.asarray(model.variables["received"]["params"]).tobytes()
 
+    def widths(self) -> dict[str, int]:
+        """The width of each registered model."""
+        return {name: model.module.width for name, model in self.session.models.items()}
+
     # -- doing
 
     def run(self, cell: str, interrupted: int | None = None) -> bool:
@@ -254,8 +257,11 @@ class AnySession(RuleBasedStateMachine):
             result = None
             result = self.notebook.shell.run_cell(cell, store_history=True)
         self.shown = self.notebook.read()
-        while base._REPLACING._is_owned():  # an interrupt that fell where Python hears no signal has left it taken
-            base._REPLACING.release()
+        if self.session is not None:  # digests, while the outputs are there
+            new = [run.digest for run in self.session.last(max(len(self.session) - self.runs, 0))]
+            assert None not in new
+            self.runs = len(self.session)
+        assert not base._REPLACING._is_owned()
         # What IPython calls around a cell is interrupted like anything else, which it prints; nothing else happens there.
         for told in self.shown.split("Error in callback")[1:]:
             assert re.findall(r"^-{70,}\n(\w+)", told, re.MULTILINE)[:1] == ["KeyboardInterrupt"], self.shown
@@ -327,11 +333,10 @@ class AnySession(RuleBasedStateMachine):
         draws = 0 if self.session is None else self.session.draws
         if not self.run(cell, interrupted):
             assert interrupted is not None
-            self.widths[name] = None
             if self.session is not None and self.session.draws > draws:
                 self.committed(self.session.draws - draws, opens=True)
             return
-        self.widths[name] = width
+        assert self.session.models[name].module.width == width
         assert self.session.draws - draws in ((0, 1) if name == "nnet" else (0,))
         if self.session.draws > draws:
             self.initialised(name, always=True)
@@ -471,32 +476,32 @@ class AnySession(RuleBasedStateMachine):
 
     @rule(interrupted=interrupts)
     def save(self, interrupted: int | None) -> None:
-        path = self.folder / "s.safetensors"
+        path = self.folder / f"{id(self)}-{len(self.cells)}.safetensors"
         succeeded = self.unchanged(f"%flax_save '{path}'", interrupted)
-        saved = Saved(self.seen(), set(self.handed), dict(self.widths), set(self.repeated))
-        self.saved = [saved] if succeeded else [*self.saved, saved]
+        assert path.exists() or not succeeded
+        if path.exists():  # whole, whenever an interrupt came
+            self.saved.append(Saved(path, self.seen(), set(self.handed), self.widths(), set(self.repeated)))
 
-    @rule(interrupted=interrupts)
-    def load(self, interrupted: int | None) -> None:
-        # What does not fit is refused in tests/snapshot; where a loss made the variables, a file cannot tell.
-        if (
-            not all(saved is not None and saved.widths == self.widths for saved in self.saved)
-            or None in self.widths.values()
-        ):
+    @rule(pick=st.integers(0, 100), interrupted=interrupts)
+    def load(self, pick: int, interrupted: int | None) -> None:
+        if not self.saved or pick > 25:  # each load ends what an export can tell
             return
+        saved = self.saved[-1 - pick % min(len(self.saved), 3)]
         before, state = self.seen(), self.session._state
-        self.run(f"%flax_load '{self.folder / 's.safetensors'}'", interrupted)
+        if saved.widths != self.widths() and state.models["net"].last_init is None:
+            return  # nobody knows what fits: a loss made those in the file, and here nothing is made yet
+        self.run(f"%flax_load '{saved.path}'", interrupted)
         if self.session._state is state:
-            assert isinstance(self.error, KeyboardInterrupt), self.error
             assert self.seen() == before
+            assert isinstance(self.error, KeyboardInterrupt) or saved.widths != self.widths(), self.error
             return
+        assert saved.widths == self.widths()
         *ledger, models = self.seen()
-        bits_now = {name: model[2] for name, model in models.items()}
-        (saved, *_) = [
-            saved
-            for saved in filter(None, self.saved)
-            if [ledger, bits_now] == [list(saved.seen[:-1]), {name: model[2] for name, model in saved.seen[-1].items()}]
-        ]
+        assert ledger == list(saved.seen[:-1])
+        assert {name: model[2] for name, model in models.items()} == {
+            name: model[2] for name, model in saved.seen[-1].items()
+        }
+        self.loaded = len(self.session)
         self.handed, self.repeated, self.replayable = set(saved.handed), set(saved.repeated), {}
         self.params = {name: self.handed_at_init(name) for name in self.params}
 
@@ -508,22 +513,26 @@ class AnySession(RuleBasedStateMachine):
 
     @rule(name=names)
     def keep_variables(self, name: str) -> None:
+        module, there = self.notebook[name], self.handed_at_init(name) is not None
+        # After an interrupt of the model's cell the name may stand for a module that the next command registers.
+        if name == "nnet":
+            assert module is self.session.models[name].module
         succeeded = self.unchanged(f"kept_{name} = %flax_vars {name}")
-        assert succeeded == (self.handed_at_init(name) is not None)
+        assert succeeded == (there and module.width == self.widths()[name])
         if succeeded:
-            self.kept[name] = self.widths[name]
+            self.kept[name] = module.width
 
     @rule(name=names, interrupted=interrupts)
     def set_variables(self, name: str, interrupted: int | None) -> None:
         if name not in self.kept:
             return
-        before, state = self.seen(), self.session._state
+        before, state, width = self.seen(), self.session._state, self.notebook[name].width
         self.run(f"%flax_vars {name} = kept_{name}", interrupted)
         if self.session._state is state:
             assert self.seen() == before
-            assert interrupted is not None or self.kept[name] is None or self.kept[name] != self.widths[name], (
-                self.error
-            )
+            assert isinstance(self.error, KeyboardInterrupt) or self.kept[name] != width, self.error
+        else:
+            assert self.kept[name] == width
         self.params[name] = self.handed_at_init(name)
 
     @rule(command=st.sampled_from(["%flax", "%flax_history", "%flax_key", "%flax_summary net(x)"]))
@@ -541,7 +550,32 @@ class AnySession(RuleBasedStateMachine):
         self.notebook.read()
         if sys.exc_info()[0] is not None:
             print("\n----\n".join(self.cells), self.shown, sep="\n====\n")
-        self.finished(self)
+        else:
+            self.finished(self)
+
+
+LIMITS = (
+    "its value is a report of %flax_replay|the history of its run is gone: %flax_load brought another"
+    "|built the module anew|its variables come from a line that is left out"
+)
+"""What is left out with these reasons is said, and no mistake."""
+
+
+def exported(ended: AnySession) -> None:
+    """The script of a session prints the digests of the runs that are in it, in order but for those of trainings."""
+    script, runs = ended.session.export(), ended.session.runs[ended.loaded :]
+    digests = digests_of(printed(str(script.text), ended.folder))
+    # A training that was resumed is printed where it ended, and stands where it began.
+    trained = {run.digest for run in runs if run.trained is not None}
+    told = [digest for digest in digests if digest not in trained]
+    expected = [run.digest for run in runs if run.trained is None]
+    if script.unexported:
+        assert not [reason for reason in script.unexported if not re.search(LIMITS, reason)], script.text
+        rest = iter(expected)
+        assert all(digest in rest for digest in told), (expected, told, script.text)
+    else:
+        assert told == expected, script.text
+        assert trained <= set(digests), script.text
 
 
 def whole(metrics: Any) -> np.ndarray[Any, Any]:
@@ -570,6 +604,6 @@ def sessions_of(notebook: Any, folder: Path, sessions: int, steps: int, ended: C
 @pytest.mark.alike
 def test_whatever_is_done_in_whatever_order(notebook, tmp_path):
     if settings().max_examples >= MANY:
-        sessions_of(notebook, tmp_path, SESSIONS, STEPS, lambda ended: None)
+        sessions_of(notebook, tmp_path, SESSIONS, STEPS, exported)
     else:
         sessions_of(notebook, tmp_path, FEW, 40, lambda ended: None)
