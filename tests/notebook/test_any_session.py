@@ -34,7 +34,8 @@ SESSIONS, STEPS = 40, 250
 """10,000 steps in 115 s of one processor: most are runs of some ms; an edit or a first run takes some tens."""
 FEW = 5
 MANY = 1000
-"""`--hypothesis-profile many` asks for all of these steps, others each time; without it a few are tried, the same ones."""
+"""`--hypothesis-profile many` asks for all of these steps, others each time, and runs what each session exports; without it
+a few are tried, the same ones."""
 
 SETUP = """\
 import jax, optax, flax.linen as nn, numpy as np
