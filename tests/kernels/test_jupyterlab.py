@@ -213,6 +213,11 @@ def test_the_history_is_a_table_of_all_draws(page, tmp_path):
     assert sum("replayed" in row for row in rows) == 2  # the init and the apply of draw 1, started again
     assert "run again" not in history.inner_text()  # Run All in a fresh kernel ran each cell once
     assert "identical" in report(page, "%flax_replay").inner_text()
+    strip, place = history.locator(".fm-curve > svg").bounding_box(), history.bounding_box()
+    assert strip is not None
+    assert place is not None
+    assert 300 < strip["width"] <= min(700, place["width"])
+    assert "program compiled" in history.locator(".fm-legend").inner_text()
     history.screenshot(path=tmp_path / "history.png")
 
 
