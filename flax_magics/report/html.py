@@ -125,7 +125,7 @@ FACE = Face(line=text.one_line, text=text.normal, html=lambda run: report_html(r
 """How a Run is shown where it is a value: its `repr`, `print` of it, and a notebook's output."""
 
 
-LONG, PIECE = 32, 16
+LONG, PIECE = 48, 16
 """A word of more letters than `LONG` may be broken after each `PIECE` of them."""
 _LONG_WORD = re.compile(rf"\S{{{LONG + 1},}}")
 
