@@ -237,7 +237,7 @@ FOLDED = 3
 BY_TURNS = 12
 """From this many rows of one cell on, runs of the same call are one row even if others stand between them."""
 COMPILED = 8
-"""Of how many compilations the reasons are shown."""
+"""Of how many compilations the reasons are shown, the longest."""
 STEPS = "the steps of a training"
 PAUSE = 60.0
 """Between two runs more seconds than these are cut out of the strip."""
@@ -313,7 +313,7 @@ class Strip(Struct, frozen=True):
 
 
 def strip_of(rows: Sequence[DrawRow]) -> Strip | None:
-    """The runs as a strip in time; None where all of them began within a second, which is what times are shown to."""
+    """The runs as a strip in time; None where they took less than a second in all, to which times are shown."""
     spans, pauses, at = [], list[float](), 0.0  # `at`: seconds from the left, pauses left out
     until = rows[0].started if rows else 0.0
     for row in rows:

@@ -261,6 +261,10 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     assert training.locator("polyline").first.evaluate(stroke)
 
 
+needs_axe = pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core's script is not installed")
+
+
+@needs_axe
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_no_fault_in_a_report(page, theme):
     choose_theme(page, theme)
@@ -385,6 +389,7 @@ def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tm
     page.close()
 
 
+@needs_axe
 @pytest.mark.skipif(find_spec("notebook") is None, reason="Notebook 7 is not installed")
 def test_notebook_7_shows_what_jupyterlab_does(page, address_of, tmp_path):
     page = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})
