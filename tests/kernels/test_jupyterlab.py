@@ -206,7 +206,7 @@ def test_a_training_has_its_curve_and_the_numbers_beneath(page, tmp_path):
 def test_the_history_is_a_table_of_all_draws(page, tmp_path):
     history = report(page, "%flax_history")
     assert history.locator("thead th").all_inner_texts() == ["draw", "what", "keys", "inputs", "digest", "cell", "time"]
-    rows = history.locator("tbody tr").all_inner_texts()
+    rows = history.locator(".fm-history tbody tr").all_inner_texts()
     assert len(rows) >= 8
     assert "5 runs" in rows[-2]
     assert rows[-1].split("\t")[1].startswith("train my_model · 300 steps · loss ")
