@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, overload
 import jax
 from msgspec import Struct
 
-from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
+from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, seconds, ulp, width, wrap
+from ..base.text import table as lined_up
 from ..errors import FlaxMagicsError
 from ..report import facts
 from ..report.curve import outcome
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 def history_html(history: History, table: Table | None = None) -> str:
     """The table of `%flax_history` as HTML, of the last `SHOWN` rows if no `table` is given."""
     shown, said = table or rows(history)
-    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "nothing": NONE})
+    context = {"heading": heading(history), "rows": shown, "left_out": said, "nothing": NONE}
+    return render("history.html", {**context, "strip": strip_of(history.rows), "compiled": compiled(history)})
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
@@ -115,6 +117,18 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     def last(self) -> int:
         """The number of the last draw that it took: more than `draw` if it took several."""
         return self.draw + (self.samples or 1) - 1
+
+    @property
+    def building(self) -> float:
+        """Seconds for which a program was compiled; 0.0 where none was."""
+        return self._stored.facts.timing.building if self._stored.facts.program == "compiled" else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, with its init and with the compilation of its program."""
+        facts = self._stored.facts
+        ran = facts.timing.run if facts.trained is None else facts.trained.seconds
+        return facts.timing.init + facts.timing.building + ran
 
     @property
     def run(self) -> Run:
@@ -226,6 +240,13 @@ FOLDED = 3
 """From this many on, runs of one cell and call that follow each other are one row."""
 BY_TURNS = 12
 """From this many rows of one cell on, runs of the same call are one row even if others stand between them."""
+COMPILED = 8
+"""Of how many compilations the reasons are shown, the longest."""
+STEPS = "the steps of a training"
+PAUSE = 60.0
+"""Between two runs more seconds than these are cut out of the strip."""
+WIDE, GAP = 600, 24
+"""The width of the strip, and of the gap that stands for a pause."""
 NONE = "no draw yet: %flax_apply net(x) makes one"
 
 
@@ -255,13 +276,86 @@ def heading(history: History) -> list[str]:
     return ["history", plural(len(rows) + history.earlier, "run"), seed, *first]
 
 
+Cells = tuple[tuple[str, ...], ...]
+"""Rows of a table: the text of each cell."""
 Table = tuple[tuple[HistoryRow, ...], str]
 """The rows to show, and a remark on those that are not shown."""
 
 
+def compiled(history: History) -> tuple[str, Cells]:
+    """How many programs were compiled and how long that took, and of the longest `COMPILED` draw, time and reason."""
+    new = [row for row in history.rows if row.building]
+    longest = set(map(id, sorted(new, key=lambda row: -row.building)[:COMPILED]))
+    several = _several(history)
+    cells = tuple(
+        (_number(row, several), seconds(row.building), clean(row._stored.facts.reason) or STEPS)
+        for row in new
+        if id(row) in longest
+    )
+    said = f"compiled {plural(len(new), 'time')}, in {seconds(sum(row.building for row in new))}" if new else ""
+    return said + (f"; the longest {COMPILED}" if len(cells) < len(new) else ""), cells
+
+
+class Strip(Struct, frozen=True):
+    """The runs as a picture in time, `WIDE` from left to right.
+
+    Attributes:
+      said: all of it in words, for those who do not see it.
+      begin, end: when the first run began, and when the last one ended.
+      runs: where each began, to the nearest unit; those of which a program was compiled are in `compiled`, too.
+      trainings: where each began, and how wide it is.
+      pauses: where a pause of more than `PAUSE` seconds was cut out, and how wide the gap is that stands for it.
+    """
+
+    said: str
+    begin: str
+    end: str
+    runs: tuple[int, ...]
+    compiled: tuple[int, ...]
+    trainings: tuple[tuple[float, float], ...]
+    pauses: tuple[tuple[float, float], ...]
+
+
+def strip_of(rows: Sequence[DrawRow]) -> Strip | None:
+    """The runs as a strip in time; None where they took less than a second in all, to which times are shown."""
+    spans, pauses, at = [], list[float](), 0.0  # `at`: seconds from the left, pauses left out
+    until = rows[0].started if rows else 0.0
+    for row in rows:
+        since = row.started - until
+        if since > PAUSE:
+            pauses.append(at)
+            since = 0.0
+        begin = max(0.0, at + since)
+        spans.append((begin, begin + row.seconds, len(pauses)))
+        at, until = max(at, begin + row.seconds), max(until, row.started + row.seconds)
+    if not rows or at < 1:
+        return None
+    gap = min(GAP, WIDE / 2 / len(pauses)) if pauses else 0.0
+    unit = (WIDE - gap * len(pauses)) / at
+    begins = [begin * unit + before * gap for begin, _, before in spans]
+    is_training = [COMMANDS[row.command].trains for row in rows]
+    day = "%Y-%m-%d " if time.localtime(until)[:3] != time.localtime(rows[0].started)[:3] else ""
+    first = time.strftime("%H:%M:%S", time.localtime(rows[0].started))
+    last = time.strftime(f"{day}%H:%M:%S", time.localtime(until))
+    new = sum(1 for row in rows if row.building)
+    return Strip(
+        f"{plural(len(rows), 'run')} from {first} to {last}; a program was compiled for {new} of them",
+        first,
+        last,
+        runs=tuple(sorted({round(place) for place in begins})),
+        compiled=tuple(sorted({round(place) for place, row in zip(begins, rows, strict=True) if row.building})),
+        trainings=tuple(
+            (place, max(2.0, (end - begin) * unit))
+            for place, (begin, end, _), trains in zip(begins, spans, is_training, strict=True)
+            if trains
+        ),
+        pauses=tuple((place * unit + n * gap, gap) for n, place in enumerate(pauses)),
+    )
+
+
 def rows(history: History, *, everything: bool = False) -> Table:
     """The rows, oldest first (the last `SHOWN`, or all), and a remark on those that are not shown, or an empty one."""
-    several = len({row.seed for row in history.rows} | {history.seed}) > 1
+    several = _several(history)
     groups = list(_groups(history.rows))
     hidden = 0 if everything else max(0, len(groups) - SHOWN)
     missing = sum(map(len, groups[:hidden])) + history.earlier
@@ -269,6 +363,15 @@ def rows(history: History, *, everything: bool = False) -> Table:
     said = f"{plural(missing, 'earlier run')} {how}" if missing else ""
     news = _weights(groups)
     return tuple(_row(group, several, news[i]) for i, group in enumerate(groups) if i >= hidden), said
+
+
+def _several(history: History) -> bool:
+    """Whether there were draws of several seeds, so that a draw's number says too little."""
+    return len({row.seed for row in history.rows} | {history.seed}) > 1
+
+
+def _number(row: DrawRow, several: bool) -> str:
+    return f"{row.seed}:{row.draw}" if several else f"{row.draw}"
 
 
 def _weights(groups: list[list[DrawRow]]) -> list[str]:
@@ -304,6 +407,8 @@ def history_text(history: History, table: Table | None = None) -> str:
         lines += [indent + part for part in dotted(about, width() - len(indent))] if about else []
         for mark in row.marks:
             lines += wrap(mark, f"{indent}! ", f"{indent}  ")
+    said, programs = compiled(history)
+    lines += ["", f"  {said}", *(line.rstrip() for line in lined_up(programs, indent="    "))] if said else []
     return "\n".join(lines)
 
 
@@ -339,7 +444,7 @@ def _folds_by(row: DrawRow) -> tuple[object, ...]:
 
 def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     first, last = group[0], group[-1]
-    draw = f"{first.seed}:{first.draw}" if several else f"{first.draw}"
+    draw = _number(first, several)
     if first.draw != last.last:
         # If other calls stand between, the numbers are not consecutive, and no dash may say so.
         through = last.last - first.draw < sum(row.samples or 1 for row in group)

@@ -364,7 +364,8 @@ FLAX_HISTORY = Command(
     "lists every draw of the session, oldest first",
     "What drew, the streams that were taken with the first word of their keys, input shapes, the output's digest, cell and "
     "time. Runs of one cell that are alike are one row. Marked are draws that were run again or cannot be (no replay), and "
-    "draws of cells that were run again or edited since. A command that failed drew nothing.",
+    "draws of cells that were run again or edited since. Below is what was compiled, and why. A command "
+    "that failed drew nothing.",
     (
         Option("--last", "the last N runs alone", "N", type=int),
         Option("--all", "all rows, where there are more than 60"),

@@ -5,8 +5,10 @@ Every string goes through Jinja2's escaping; no function here puts markup togeth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -123,14 +125,28 @@ FACE = Face(line=text.one_line, text=text.normal, html=lambda run: report_html(r
 """How a Run is shown where it is a value: its `repr`, `print` of it, and a notebook's output."""
 
 
+LONG, PIECE = 48, 16
+"""A word of more letters than `LONG` may be broken after each `PIECE` of them."""
+_LONG_WORD = re.compile(rf"\S{{{LONG + 1},}}")
+
+
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     # At the first HTML: importing Jinja2 takes 30 ms and more.
     import jinja2
+    from markupsafe import Markup
+
+    def breakable(value: object) -> object:
+        # A cell of a table is as wide as its longest word, unless the word says where it may be broken.
+        if type(value) is not str or not (words := list(_LONG_WORD.finditer(value))):
+            return value
+        cuts = [0, *(cut for word in words for cut in range(word.start() + PIECE, word.end(), PIECE)), len(value)]
+        return Markup("<wbr>").join(value[begin:end] for begin, end in pairwise(cuts))  # which escapes each piece
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        finalize=breakable,
         # A misspelt name in a template fails instead of showing nothing.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -9,8 +9,9 @@ import numpy as np
 from html_reader import EVIL, Reader
 from msgspec.structs import replace
 from rich.cells import cell_len
-from runs_to_show import DRAW, INIT, INTERRUPTED, KEY, REUSED, TRAINED
+from runs_to_show import COMPILED, DRAW, INIT, INTERRUPTED, KEY, REUSED, TRAINED
 
+from flax_magics.base.measures import Timing
 from flax_magics.base.output import Agreement, Difference
 from flax_magics.history import table
 from flax_magics.history.table import SHOWN, DrawRow, History, history_text, notice_of
@@ -22,12 +23,12 @@ from flax_magics.state.runs import StoredRun
 AT = time.mktime((2026, 11, 25, 9, 30, 0, 0, 0, -1))
 
 
-def drawn(run: Run, *marks: str, **changes: object) -> DrawRow:
-    run = replace(run, started=AT, keys=RunKeys.of(DRAW, *run.keys), **changes)
+def drawn(run: Run, *marks: str, after: float = 0.0, **changes: object) -> DrawRow:
+    run = replace(run, started=AT + after, keys=RunKeys.of(DRAW, *run.keys), **changes)
     KEPT.append(run)  # the session's own record holds no output
     name = (run.call if run.command == "key" else run.model) or ""
     about = (run.seed, run.draw, run.samples, run.command, name, run.mode, run.call, run.cell)
-    return DrawRow(*about, AT, marks, StoredRun(run))
+    return DrawRow(*about, run.started, marks, StoredRun(run))
 
 
 KEPT: list[Run] = []
@@ -114,6 +115,56 @@ def test_two_seeds_are_told_apart() -> None:
     text = history_text(history(drawn(REUSED), drawn(REUSED, seed=12, draw=1)))
     assert text.splitlines()[0] == "history · 2 runs · seeds 0, 12 · 2026-11-25"
     assert [line.split()[0] for line in text.splitlines()[2::2]] == ["0:2", "12:1"]
+
+
+IN_TIME = (
+    drawn(COMPILED),
+    drawn(REUSED, after=10.0),
+    drawn(TRAINED, after=20.0, reason=""),
+    drawn(REUSED, draw=4, after=4000.0),
+)
+
+
+def test_programs_that_were_compiled_are_listed_with_their_reasons() -> None:
+    assert history_text(history(*IN_TIME)).splitlines()[-4:] == [
+        "",
+        "  compiled 2 times, in 0.82 s",
+        "    1  0.41 s  first run of this program",
+        "    3  0.41 s  the steps of a training",
+    ]
+    assert "compiled" not in history_text(history(IN_TIME[1]))
+    many = [drawn(COMPILED, draw=n, timing=replace(COMPILED.timing, lower=float(n % 10))) for n in range(1, 13)]
+    lines = history_text(history(*many)).splitlines()[-9:]
+    assert lines[0] == "  compiled 12 times, in 52.8 s; the longest 8"
+    assert [line.split()[0] for line in lines[1:]] == ["2", "3", "4", "5", "6", "7", "8", "9"]
+
+
+def test_the_strip_has_each_run_at_its_time_and_no_pause() -> None:
+    strip = table.strip_of(IN_TIME)
+    assert strip is not None
+    assert strip.said == "4 runs from 09:30:00 to 10:36:40; a program was compiled for 2 of them"
+    assert (strip.begin, strip.end) == ("09:30:00", "10:36:40")
+    assert (strip.runs, strip.compiled) == ((0, 281, 563, 600), (0, 563))
+    assert [(round(x), round(width)) for x, width in strip.trainings] == [(563, 13)]
+    assert [(round(x), width) for x, width in strip.pauses] == [(576, 24)]
+    page = table.history_html(history(*IN_TIME))
+    assert f'role="img" aria-label="{strip.said}"' in page
+    assert 'd="M-5 3h10l-5 9zM558 3h10l-5 9z"' in page
+    text = Reader(re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)).text
+    assert "09:30:00 to 10:36:40 · run · training · program compiled · pause of more than a minute, cut out" in text
+    assert "Compiled 2 times, in 0.82 s draw 1 0.41 s first run of this program" in text
+
+
+def test_a_strip_goes_over_days_and_has_room_for_many_pauses() -> None:
+    rows = [drawn(REUSED, draw=n, after=86_400.0 * n) for n in range(2, 102)]
+    assert table.strip_of(rows) is None  # what is left without the pauses is less than a second
+    rows = [drawn(REUSED, draw=n, after=86_400.0 * n, timing=Timing(run=1.0)) for n in range(2, 102)]
+    strip = table.strip_of(rows)
+    assert strip is not None
+    assert (strip.begin, strip.end) == ("09:30:00", "2027-03-06 09:30:01")
+    assert (len(strip.pauses), strip.runs[0], strip.runs[-1]) == (99, 0, 597)
+    assert table.strip_of(rows[:1]) is not None
+    assert table.strip_of([]) is None
 
 
 def test_long_and_hostile_names_stay_in_their_place() -> None:

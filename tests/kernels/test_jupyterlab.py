@@ -206,13 +206,18 @@ def test_a_training_has_its_curve_and_the_numbers_beneath(page, tmp_path):
 def test_the_history_is_a_table_of_all_draws(page, tmp_path):
     history = report(page, "%flax_history")
     assert history.locator("thead th").all_inner_texts() == ["draw", "what", "keys", "inputs", "digest", "cell", "time"]
-    rows = history.locator("tbody tr").all_inner_texts()
+    rows = history.locator(".fm-history tbody tr").all_inner_texts()
     assert len(rows) >= 8
     assert "5 runs" in rows[-2]
     assert rows[-1].split("\t")[1].startswith("train my_model · 300 steps · loss ")
     assert sum("replayed" in row for row in rows) == 2  # the init and the apply of draw 1, started again
     assert "run again" not in history.inner_text()  # Run All in a fresh kernel ran each cell once
     assert "identical" in report(page, "%flax_replay").inner_text()
+    strip, place = history.locator(".fm-curve > svg").bounding_box(), history.bounding_box()
+    assert strip is not None
+    assert place is not None
+    assert 300 < strip["width"] <= min(700, place["width"])
+    assert "program compiled" in history.locator(".fm-legend").inner_text()
     history.screenshot(path=tmp_path / "history.png")
 
 
@@ -256,6 +261,10 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     assert training.locator("polyline").first.evaluate(stroke)
 
 
+needs_axe = pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core's script is not installed")
+
+
+@needs_axe
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_no_fault_in_a_report(page, theme):
     choose_theme(page, theme)
@@ -369,15 +378,18 @@ def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tm
     shown = page.evaluate(SHOWN)
     for string in hostile.STRINGS[:46]:  # the further ones are escaped, and cut
         assert " ".join(string.split())[:20].replace("\0", "\\x00") in shown
-    # Words of a hundred letters are wider than a report: its output has a bar of its own to scroll by, and the page none.
+    # Words of hundreds of letters are broken where they must be, in tables too.
     for width in (1280, 480):
         page.set_viewport_size({"width": width, "height": 1600})
         page.wait_for_timeout(500)
         assert page.evaluate("() => document.documentElement.scrollWidth") == width
         assert page.evaluate(OUTSIDE) == []
+        page.screenshot(path=tmp_path / f"hostile-{width}.png")
+        assert page.evaluate(WIDER) == []
     page.close()
 
 
+@needs_axe
 @pytest.mark.skipif(find_spec("notebook") is None, reason="Notebook 7 is not installed")
 def test_notebook_7_shows_what_jupyterlab_does(page, address_of, tmp_path):
     page = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})

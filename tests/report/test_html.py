@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -141,3 +142,13 @@ def test_no_report_is_read_as_formulas() -> None:
     for template in TEMPLATES.glob("*.html"):
         roots = re.findall(r'<div class="(flax-magics[ "][^"]*)', template.read_text("utf-8"))
         assert set(roots) <= {"flax-magics mathjax_ignore tex2jax_ignore"}, template.name
+
+
+def test_a_word_of_hundreds_of_letters_says_where_it_may_be_broken() -> None:
+    word = "k" * 60 + "<b>" + "é" * 200
+    page = report_html(replace(REUSED, used={"dropout": (word,)}), "details")
+    [row] = re.findall(r"<tr><th[^>]*>keys</th>.*?</tr>", page)
+    shown = html.unescape(re.sub(r"<(?!wbr)[^>]*>", " ", row))
+    assert word in shown.replace("<wbr>", "")
+    assert max(map(len, re.split(r"<wbr>|\s", shown))) == 16
+    assert "<wbr>" not in report_html(REUSED, "details")

@@ -100,6 +100,7 @@ def text_of(kind: str, data: Any) -> str:
         return "\n".join(re.sub(rf"({HEX})({HEX})", r"\1 \2", line) if "keys" in line else line for line in lines)
     if kind == "text/html":
         data = re.sub(r"<style>.*?</style>", "<style>…</style>", data, flags=re.DOTALL)
+        data = re.sub(r'<div class="fm-curve fm-strip">.*?</div>\s*</div>\n', "", data, flags=re.DOTALL)  # real times
         rows = re.sub(r"(?=<(?:div|table|caption|thead|tbody|tr|details|summary|pre|ul|li|p)\b)", "\n", data)
         return re.sub(r"\n\s*(?=\n)", "", rows).strip("\n")
     return str(data)

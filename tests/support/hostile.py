@@ -83,7 +83,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Categories of characters that a terminal obeys, or that nobody sees."""
 
 TAGS = {
-    *("div", "style", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td", "br"),
+    *("div", "style", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td", "br", "wbr"),
     *("details", "summary", "pre", "code", "svg", "g", "path", "text", "polyline", "circle"),
 }
 ATTRIBUTES = {

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 EVIL = "<script>alert('&')</script>"
 
 
-VOID = {"br"}
+VOID = {"br", "wbr"}
 
 
-INLINE = {"span", "strong", "code"}
+INLINE = {"span", "strong", "code", "wbr"}
 
 
 class Reader(HTMLParser):
