@@ -308,13 +308,14 @@ class TrainLines:
         number, state, curve, values = map(self.variable, ("step", "state", "curve", "values"))
         source = self.variable("data" if self.task.arrays else "batch")
         before = [optimizer, *static, state, *constant, source, *self.arguments.outside[1:]]
-        after = [number, *map(self.key, self.keys)]
+        after, is_iterable = [number, *map(self.key, self.keys)], not self.task.arrays
         rows = [self.variable("rows")] if self.is_cut else []
         one = [call(f"{state}, {values} = {step}(", [*before, *rows, *after]), f"{curve}.append({values})"]
         steps, group = f"range({first}, {end})" if first else f"range({end})", self.curve.group
         body: list[str] = []
-        if not self.task.arrays:
+        if is_iterable:
             self.writer.needs.add("np")
+        if is_iterable and group == 1:
             head = f"for {number}, {source} in zip({steps}, {self.variable('batches')}):"
             body.append(f"{source} = jax.tree.map(np.asarray, {source})")
             body += [f"{source} = {self.on_mesh.batch(source)}"] * self.on_mesh.is_used
@@ -330,9 +331,20 @@ class TrainLines:
             rows = [f"{each}.reshape({group}, {self.task.batch})" for each in rows]
             together = call(f"{state}, {values} = {self.steps(step, static, constant)}(", [*before, *rows, *after])
             split = f"{curve} += [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({group})]"
-            body += [*self._order(), *self._grouped(many), *self._rows(many), f"if {many} == 1:"]
-            body += [*indented(one, self.writer.unit), "else:", *indented([together, split], self.writer.unit)]
-            body.append(f"{number} += {many}")
+            body += [*self._order(), *self._grouped(many), *self._rows(many)]
+            is_single, grouped = f"{many} == 1", [together, split]
+            if is_iterable:
+                part, each, batches = self.variable("part"), self.variable("each_step"), self.variable("batches")
+                body.append(
+                    f"{part} = [jax.tree.map(np.asarray, each) for each in itertools.islice({batches}, {many})]"
+                )
+                kind = "str(jax.tree.map(lambda leaf: (leaf.dtype, leaf.shape), each))"
+                is_single += f" or len({{{kind} for each in {part}}}) > 1"
+                one = [call(f"{state}, {values} = {step}(", [*before, each, *after[1:]]), one[1]]
+                one = [f"for {each}, {source} in enumerate({part}, {number}):", *indented(one, self.writer.unit)]
+                grouped.insert(0, f"{source} = jax.tree.map(lambda *leaves: np.stack(leaves), *{part})")
+            body += [f"if {is_single}:", *indented(one, self.writer.unit)]
+            body += ["else:", *indented(grouped, self.writer.unit), f"{number} += {many}"]
         lines = [] if group == 1 else [f"{number} = {first}"]
         if look and looks[0] == first:
             lines += ["# The look that was stopped.", *self._looked(look, str(first))]
@@ -405,15 +417,23 @@ class TrainLines:
     def reaches_over(self) -> bool:
         """Whether a group of steps could reach over a look, which none does that is at the end of an epoch."""
         inside, epoch = [step for step in self.looks if step < self.part.end], self.curve.epoch or 1
-        return self.curve.group > 1 and any(not self.is_cut or step % epoch for step in inside)
+        return self.curve.group > 1 and any(not self.has_epochs or step % epoch for step in inside)
+
+    @property
+    def has_epochs(self) -> bool:
+        """Whether groups are counted from the first step of an epoch, and end with it."""
+        return self.is_cut or (not self.task.arrays and self.curve.epoch is not None)
 
     def _grouped(self, many: str) -> list[str]:
         """The lines that say how many steps the next program does: a group on the grid of the run, or one."""
         group, number, end = self.curve.group, self.variable("step"), str(self.part.end)
-        place = self.variable("place") if self.is_cut else number
+        place = self.variable("place") if self.has_epochs else number
         lines, fits = [f"# {group} steps are one program where they fit."], [f"{place} % {group} == 0"]
         if self.is_cut:
             fits.append(f"{place} + {group} <= {self.variable('size')} // {self.task.batch}")
+        elif self.has_epochs:
+            lines.insert(0, f"{place} = {number} % {self.curve.epoch}")
+            fits.append(f"{place} + {group} <= {self.curve.epoch}")
         if self.reaches_over:
             until, later = self.variable("until"), f"look for look in {self.variable('looks')} if look > {number}"
             lines.append(
@@ -427,14 +447,15 @@ class TrainLines:
     def steps(self, step: str, static: Sequence[str], constant: Sequence[str]) -> str:
         """Makes sure that the function is defined that does several steps in one program, and returns its name."""
         numbers = f"step + jnp.arange({self.curve.group})"
+        of_steps = ["rows"] if self.is_cut else [] if self.task.arrays else self.arguments.parameters[:1]
         data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_cut else self.arguments.parameters
         parameters = ["optimizer", *static, "state", *constant, *data, "step", *self.keys.values()]
         body = [
-            f"def one(state, {'each' if self.is_cut else 'step'}):",
-            *([f"{self.writer.unit}rows, step = each"] if self.is_cut else []),
+            f"def one(state, {'each' if of_steps else 'step'}):",
+            *([f"{self.writer.unit}{of_steps[0]}, step = each"] if of_steps else []),
             f"{self.writer.unit}{call(f'return {step}(', parameters)}",
             "",
-            f"return jax.lax.scan(one, state, {f'(rows, {numbers})' if self.is_cut else numbers})",
+            f"return jax.lax.scan(one, state, {f'({of_steps[0]}, {numbers})' if of_steps else numbers})",
         ]
         fixed = ("optimizer", *static, *self.arguments.static)
         return self.define("train_steps", parameters, body, decorator="jax.jit", static=fixed)

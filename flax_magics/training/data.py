@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -36,6 +37,7 @@ class Batch(Struct, frozen=True):
       steps: how many steps take it; `rows` then has a row for each, if they are more than one.
       position: how far it goes in an iterable; None for arrays.
       gathered: the rows of which `tree` was made on the host; None for all other batches.
+      parts: the batch of each of several steps, whose leaves are stacked in `tree`; empty for all other batches.
     """
 
     rows: HostArray | None
@@ -44,6 +46,7 @@ class Batch(Struct, frozen=True):
     steps: int = 1
     position: Position | None = None
     gathered: HostArray | None = None
+    parts: tuple[Batch, ...] = ()
 
 
 class ArrayData:
@@ -100,9 +103,22 @@ class ArrayData:
         return jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
 
     @property
-    def alike(self) -> int | None:
-        """How many steps of an epoch take as many rows as the first; None where all steps do, for ever."""
-        return None if self._batch is None else max(1, self.size // self._batch)
+    def most_together(self) -> int:
+        """How many steps one program may do: those of a whole batch in an epoch; 1 where they are not given the arrays."""
+        if not self.held:
+            return 1
+        return FOR_EVER if self._batch is None else max(1, self.size // self._batch)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The place of a step in its epoch, and how many steps from it on take as many rows."""
+        place = step if self._batch is None else step % self.per_epoch
+        return place, FOR_EVER if self._batch is None else self.most_together - place
+
+    def put_together(self, steps: int) -> None:
+        """Arrays are there for any number of steps."""
+
+    def put_back(self, batches: Iterable[Batch]) -> None:
+        """The rows of a step are known by its number."""
 
     def like(self, steps: int) -> Batch:
         """A batch for so many steps to compile a program by, with no rows in particular."""
@@ -133,7 +149,7 @@ class ArrayData:
         self._following = step + 1
         fetched = self._fetching.next()
         assert fetched is not None
-        return fetched.batch
+        return fetched.batches[0]
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """Arrays never run dry."""
@@ -153,6 +169,7 @@ class BatchData:
       text: the data as they are written in the call.
       begin: how far earlier steps came in it; None for a new training.
       most: how many batches are taken at most; None for no limit. No more are fetched.
+      placement: the mesh that steps run on, over which each batch is cut by itself.
 
     Attributes:
       position: how far it has been taken.
@@ -160,8 +177,15 @@ class BatchData:
 
     tree: PyTree = None
 
-    def __init__(self, text: str, batches: Any, begin: Position | None = None, most: int | None = None) -> None:
-        self.position = begin or Position()
+    def __init__(
+        self,
+        text: str,
+        batches: Any,
+        begin: Position | None = None,
+        most: int | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        self.position, self._is_placed = begin or Position(), placement is not None
         self._text, self._batches, self._left = text, batches, most
         self.once = isinstance(batches, Iterator)
         """It can be gone through only once, as a generator."""
@@ -171,38 +195,70 @@ class BatchData:
         # Of a loader that has no length, or does not know it.
         with suppress(TypeError, ValueError, NotImplementedError):
             self.per_epoch = len(batches)
-        self._shapes = ""
+        self._shapes: object = None
+        self._sample: PyTree = None
         self._fetching: Fetching | None = None
-        self._ahead: Batch | None = None
+        self._kinds, self._rows, self._together = "", 0, 1
+        self._ahead: deque[Batch] = deque()
+        """Those that were fetched, and that no step has taken."""
         self.unsure = "" if self.counted else "goes on with what the iterable gives now"
         """Why a training that goes on may have other batches than without the stop; empty where it has the same."""
 
     @property
     def first(self) -> PyTree:
         """The next batch, by which the loss is traced and the net initialised; the next step takes it."""
-        if self._ahead is None:
-            self._ahead = self._next()
-            if self._ahead is None and self.once and not self.unsure:  # in the state that it had, it is at its end
+        if not self._has_next():
+            if self.once and not self.unsure:  # in the state that it had, it is at its end
                 raise self.dry(self.position.batches, None)
-            if self._ahead is None and self.position.batches:  # an epoch had just come to its end
+            begins = bool(self.position.batches)  # an epoch had just come to its end
+            if begins:
                 self._end()
-                self._ahead = self._next()
-            if self._ahead is None:
+            if not (begins and self._has_next()):
                 raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to train with.")
-        return self._ahead.tree
+        return self._checked(self._ahead[0]).tree
 
     def take(self, step: int, steps: int = 1) -> Batch | None:
-        """The next batch; None at the end of an epoch, after which the next call begins the next one."""
+        """The next batch, or so many if they are alike; None at the end of an epoch, after which the next one begins."""
         begins = self._fetching is None
-        batch, self._ahead = self._ahead or self._next(), None
-        if batch is None and begins:  # it gives what is exhausted
-            raise self.dry(step, None)
-        if batch is None:
+        if not self._has_next():
+            if begins:  # it gives what is exhausted
+                raise self.dry(step, None)
             self._end()
             return None
+        if steps < self._ahead[0].steps:
+            self.put_back([self._ahead.popleft()])
+        batch = self._checked(self._ahead.popleft())
         assert batch.position is not None
         self.position = batch.position
         return batch
+
+    def put_back(self, batches: Iterable[Batch]) -> None:
+        """Has the next steps take batches that were taken already, one by one."""
+        self._ahead.extendleft(reversed([part for batch in batches for part in batch.parts or (batch,)]))
+
+    @property
+    def most_together(self) -> int:
+        """How many steps one program may do: 1 where the batches are on the device, or are cut for several of them."""
+        leaves = jax.tree_util.tree_leaves(self.first)
+        if self._is_placed or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
+            return 1
+        room: int = BYTES // max(1, sum(leaf.nbytes for leaf in leaves))
+        return max(1, min(TOGETHER, room, self.per_epoch or TOGETHER))
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The place of the next step in its epoch, and how many of it on may be in one program, as far as is known."""
+        place, epoch = self.position.batches, self.per_epoch if self.counted else None
+        return place, FOR_EVER if epoch is None else epoch - place
+
+    def put_together(self, steps: int) -> None:
+        """Has batches fetched for so many steps at once, counted from the first of an epoch."""
+        self._together = steps
+        if self._fetching is not None:
+            self._fetching.size = steps
+
+    def like(self, steps: int) -> Batch:
+        """A batch for so many steps to compile a program by."""
+        return Batch(None, jax.tree_util.tree_map(lambda leaf: np.stack([leaf] * steps), self._sample), 0, steps)
 
     def _end(self) -> None:
         """Ends an epoch."""
@@ -210,28 +266,50 @@ class BatchData:
         self.per_epoch = self.per_epoch or self.position.batches
         self.position = Position(self.position.epoch + 1)
 
-    def _next(self) -> Batch | None:
+    def _has_next(self) -> bool:
+        """Whether there is a batch in this epoch that no step has taken; fetches it."""
+        if self._ahead:
+            return True
         if self._fetching is None:
             # An iterator without a state stands where it stands.
             begin = replace(self.position, batches=0) if self.once else self.position
-            self._fetching = Fetching(self._batches, begin, self._left)
+            place = self.position.batches
+            self._fetching = Fetching(self._batches, begin, self._left, place=place, size=self._together)
         fetched = self._fetching.next()
         if self._fetching.unsure is not None:
             self.unsure = self._fetching.unsure
         if fetched is None:
-            return None
-        self._left = None if self._left is None else self._left - 1
-        shapes = _kinds(fetched.batch)
-        if shapes != self._shapes:  # leaves of the kinds of those before need no look of their own
-            for path, leaf in jax.tree_util.tree_flatten_with_path(fetched.batch)[0]:
-                _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
-        rows = _rows_in(self._text, fetched.batch, f"a batch of `{self._text}` has no rows.")
-        if shapes != (self._shapes or shapes):
-            message = f"a batch of `{self._text}` is {shapes}, and those before were {self._shapes}."
-            raise FlaxMagicsError(message, hint="batches may differ in their length alone")
-        self._shapes = shapes
-        position = Position(self.position.epoch, self.position.batches + 1, fetched.state)
-        return Batch(None, fetched.batch, rows, position=position)
+            return False
+        trees, stacked = fetched.batches, fetched.stacked
+        self._left = None if self._left is None else self._left - len(trees)
+        if stacked is not None:  # they are held once
+            trees = [jax.tree_util.tree_map(lambda leaf: leaf[n], stacked) for n in range(len(trees))]  # noqa: B023
+        epoch, taken = self.position.epoch, self.position.batches
+        parts = tuple(
+            Batch(None, tree, 0, position=Position(epoch, taken + n, state))
+            for n, (tree, state) in enumerate(zip(trees, fetched.states, strict=True), 1)
+        )
+        whole = Batch(None, stacked, 0, len(parts), parts[-1].position, parts=parts)
+        self._ahead.extend(parts if stacked is None else (whole,))
+        return True
+
+    def _checked(self, batch: Batch) -> Batch:
+        """A batch with the number of its examples. Raises FlaxMagicsError where JAX does not take it, or the step."""
+        tree = batch.parts[0].tree if batch.parts else batch.tree
+        leaves, treedef = jax.tree_util.tree_flatten(tree)
+        shapes = (treedef, [(getattr(leaf, "dtype", None), getattr(leaf, "shape", None)) for leaf in leaves])
+        if shapes != self._shapes:
+            kinds = _kinds(tree)
+            if kinds != self._kinds:  # leaves of the kinds of those before need no look of their own
+                for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                    _check_leaf(f"`batch{jax.tree_util.keystr(path)}` of `{self._text}`", leaf)
+            self._rows = _rows_in(self._text, tree, f"a batch of `{self._text}` has no rows.")
+            if kinds != (self._kinds or kinds):
+                message = f"a batch of `{self._text}` is {kinds}, and those before were {self._kinds}."
+                raise FlaxMagicsError(message, hint="batches may differ in their length alone")
+            self._shapes, self._kinds = shapes, kinds
+        self._sample = self._sample if self._sample is not None else tree
+        return replace(batch, examples=self._rows * batch.steps)
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """The error for an iterable that has ended, can be gone through only once, and is asked for more."""
@@ -250,6 +328,12 @@ class BatchData:
 
 Data = ArrayData | BatchData
 
+FOR_EVER = 1 << 16
+"""Steps that no epoch divides: more than any program does."""
+TOGETHER = 16
+"""The most batches of an iterable that one program takes: more are hardly faster, and are lost where it gives no state."""
+BYTES = 1 << 24
+"""The most bytes that these take."""
 SHARE = 0.5
 """Arrays that would take more than this part of a device's free memory stay on the host."""
 
@@ -276,7 +360,9 @@ def data_of(
     placement: Placement | None = None,
 ) -> Data:
     """The data of a training, checked already; see `ArrayData` and `BatchData` for the arguments."""
-    return ArrayData(text, data, batch, placement) if is_arrays(data) else BatchData(text, data, begin, most)
+    if is_arrays(data):
+        return ArrayData(text, data, batch, placement)
+    return BatchData(text, data, begin, most, placement)
 
 
 def is_arrays(data: object) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base.digest import is_key
 from ..base.types import PyTree
-from .data import ArrayData, Batch, Data
+from .data import Batch, Data
 from .step import StepResult, TrainState
 
 StepProgram: TypeAlias = Callable[[TrainState, int, Batch], StepResult]
@@ -28,6 +28,8 @@ FASTER = 0.95
 """A group is used if it takes less than this share of the time of its steps one by one."""
 LONGEST = 0.25
 """Seconds that a group may take."""
+MISSES = 3
+"""After so many places where the batches for a first group are not alike, none is tried."""
 
 
 class Groups:
@@ -41,7 +43,8 @@ class Groups:
 
     Attributes:
       size: steps in a group; 1 as long as there are none.
-      decided: it will not change any more.
+      asked: the size that is tried.
+      decided: the size will not change any more.
     """
 
     def __init__(
@@ -52,12 +55,12 @@ class Groups:
         size: int,
     ) -> None:
         self._data, self._build, self._cost = data, build, cost
+        self._most = data.most_together
         # A size may come from a file, and the data may be fewer by now: none is built that would never fit.
-        alike = data.alike if isinstance(data, ArrayData) else None
-        self.size, self._asked = 1, size if alike is None or size <= alike else 1
+        self.size, self.asked = 1, size if size <= self._most else 1
         self._built: Callable[[], StepProgram | None] | None = None
         self._program: StepProgram | None = None
-        self.decided = not (isinstance(data, ArrayData) and data.held)
+        self.decided, self._misses = self._most == 1, 0
         self._spent: list[float] = []
 
     def count(self, step: int, total: int | None, spent: float) -> None:
@@ -69,8 +72,8 @@ class Groups:
         if self.decided or self._built is not None or total is None:
             return
         self._spent.append(spent)
-        if self._asked > 1:
-            self._begin(self._asked)
+        if self.asked > 1:
+            self._begin(self.asked)
         elif len(self._spent) > MEASURED:
             seconds = max(float(np.median(np.diff(self._spent))), 1e-5)
             # The device idles while the group is traced, and the trial takes the time of some groups.
@@ -86,18 +89,19 @@ class Groups:
 
         One of few sizes, so that the next training in this session finds the program.
         """
-        assert isinstance(self._data, ArrayData)
-        parts, alike = 1, self._data.alike or 1 << 16
-        while alike // parts > 1.5 * size:
+        parts = 1
+        while self._most // parts > 1.5 * size:
             parts *= 2
-        return alike // parts
+        return self._most // parts
 
     def _begin(self, size: int) -> None:
-        assert isinstance(self._data, ArrayData)
-        self._asked = size
+        self.asked = size
         with suppress(Exception):  # as many steps one by one are no program that fails
             self._built = self._build(self._data.like(size))
-        self.decided = self._built is None
+        if self._built is None:
+            self._give_up()
+        else:
+            self._data.put_together(size)
 
     def begins_at(self, step: int, until: int | None) -> bool:
         """Whether a group of `size` may begin at that step.
@@ -105,14 +109,9 @@ class Groups:
         Args:
           until: the next step before which no group may reach over; None for none.
         """
-        size = self._asked if self.size == 1 else self.size
-        assert isinstance(self._data, ArrayData)
-        alike, place = self._data.alike, step
-        if alike is not None:
-            place = step % self._data.per_epoch
-            if place + size > alike:
-                return False
-        return place % size == 0 and (until is None or step + size <= until)
+        size = self.asked if self.size == 1 else self.size
+        place, room = self._data.place(step)
+        return place % size == 0 and size <= room and (until is None or step + size <= until)
 
     def to_try(self, step: int, until: int | None) -> bool:
         """Whether the program is there, and this is the place to try it."""
@@ -121,18 +120,27 @@ class Groups:
         try:
             self._program = self._program or self._built()
         except Exception:  # XLA could not compile it
-            self.decided = True
+            self._give_up()
         return self._program is not None
 
+    def missed(self) -> None:
+        """Notes that the batches were not alike where a group should be tried."""
+        self._misses += 1
+        if self._misses == MISSES:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.decided = True
+        self._data.put_together(1)
+
     def attempt(
-        self, state: TrainState, step: int, program_of: Callable[[Batch], StepProgram]
+        self, state: TrainState, step: int, together: Batch, program_of: Callable[[Batch], StepProgram]
     ) -> list[tuple[StepResult, Batch]]:
         """Does the steps of one group both ways, and decides. Returns the steps as they were done one by one."""
         group, whole = self._program, None
         assert group is not None
         self.decided = True
-        together, batches = self._data.take(step, self._asked), [self._data.take(step + n) for n in range(self._asked)]
-        assert together is not None
+        batches = together.parts or [self._data.take(step + n) for n in range(self.asked)]
         times: dict[bool, list[float]] = {True: [], False: []}
         singles: list[tuple[StepResult, Batch]] = []
         for _ in range(2):
@@ -156,7 +164,9 @@ class Groups:
         ]
         same = whole is not None and _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
         if same and min(times[True]) < min(FASTER * min(times[False]), LONGEST):
-            self.size = self._asked
+            self.size = self.asked
+        else:
+            self._give_up()
         return singles
 
 

@@ -275,15 +275,16 @@ class TrainingLoop:
                 return
             undecided = not self._groups.decided
             tries = undecided and not ends and self._groups.to_try(following, schedule.next_look(following))
-            if tries and not pending:
-                singles = self._groups.attempt(self.state, following, self._program_of)
-                pending += (Dispatched(*one, following + n) for n, one in enumerate(singles, 1))
-                continue
             most = self._most_ahead
-            waits = len(pending) >= most or tries or bool(pending and schedule.looks_after(following))
+            waits = len(pending) >= most or bool(pending and (tries or schedule.looks_after(following)))
             if not ends and not waits:
-                batch = self._take(interrupts, following)
-                if batch is not None:
+                batch = self._take(interrupts, following, self._groups.asked if tries else self._groups.size)
+                if batch is not None and tries and batch.steps > 1:
+                    singles = self._groups.attempt(self.state, following, batch, self._program_of)
+                    pending += (Dispatched(*one, following + n) for n, one in enumerate(singles, 1))
+                elif batch is not None:
+                    if tries:
+                        self._groups.missed()
                     with interrupts.opened(), self._left_out():
                         program = self._program_of(batch)
                         if self._together is not None and following > self._first:
@@ -341,9 +342,8 @@ class TrainingLoop:
             assert self._since is not None
             self._since += time.perf_counter() - begin
 
-    def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
-        """The batch of the next step; None where an epoch of an iterable has ended."""
-        steps = self._groups.size
+    def _take(self, interrupts: Interrupts, following: int, steps: int) -> Batch | None:
+        """The batch of the next step, or of so many if they fit; None where an epoch of an iterable has ended."""
         if steps > 1:
             fits = self._groups.begins_at(following, self._schedule.next_look(following))
             steps = steps if fits and following >= self._singly_until else 1
@@ -367,13 +367,13 @@ class TrainingLoop:
         """
         if self.step == self._first:
             return 1
-        seconds = self._in_steps / (self.step - self._first)
+        seconds, size = self._in_steps / (self.step - self._first), self._groups.size
         if seconds > BRIEF:
             return 1
         # Each step is measured, or may have to be taken back since another process has not begun it.
         if not self._groups.decided or self._together is not None:
             return AHEAD
-        return max(AHEAD, min(MOST, int(SECONDS / (seconds * self._groups.size)), MEMORY // self._bytes))
+        return max(AHEAD, min(MOST, int(SECONDS / (seconds * size)), MEMORY // (self._bytes * size)))
 
     @property
     def _in_steps(self) -> float:
@@ -404,12 +404,14 @@ class TrainingLoop:
         """Counts the oldest step or group, which the device has finished."""
         result, batch, _ = self._pending[0]
         if not np.asarray(result.alive).all():  # raises the error of a program that failed
+            batches = [one.batch for one in self._pending]
             if self._together is None:  # else the others have to begin those after it, too
                 self._pending.clear()
             if batch.steps == 1:
                 self.failed = batch, np.asarray(result.loss)
                 raise NotFinite
             self._singly_until = self.step + batch.steps  # a group does not give the state before that step
+            self._data.put_back(batches)
             return
         self.numbers.add(result.loss, result.metrics, batch.steps)
         self.state = result.state

@@ -26,10 +26,17 @@ MOMENT = 0.1
 
 
 class Fetched(NamedTuple):
-    """A batch, and the state of the iterator after it; None where it gives none."""
+    """Batches that follow one another.
 
-    batch: PyTree
-    state: Any
+    Attributes:
+      batches: one, or as many as a group of steps takes.
+      states: those of the iterator after each; None where it gives none.
+      stacked: the batches of a group as one tree with an axis before the others; None where they are no group.
+    """
+
+    batches: list[PyTree]
+    states: list[Any]
+    stacked: PyTree = None
 
 
 class Fetching(threading.Thread):
@@ -38,17 +45,20 @@ class Fetching(threading.Thread):
     Args:
       begin: where it begins: with the state of the iterator, or after so many batches.
       most: how many batches are fetched at most; None for all.
+      place: how many batches of the epoch lie before `begin`: groups of `size` are counted from its first on.
 
     Attributes:
+      size: so many batches are handed over at once, stacked if they are NumPy arrays of the same shapes.
       unsure: set with the first batch where the iterator gives and takes its state: why these may be other batches than
         those after `begin`, empty where they are the same.
     """
 
-    def __init__(self, batches: Any, begin: Position, most: int | None) -> None:
+    def __init__(self, batches: Any, begin: Position, most: int | None, *, place: int = 0, size: int = 1) -> None:
         # A daemon: it may be in the user's code when the interpreter ends, and compiles nothing.
         super().__init__(name="flax_magics data", daemon=True)
         self._queue: queue.Queue[tuple[Fetched | None, BaseException | None]] = queue.Queue(AHEAD - 1)
         self._batches, self._begin, self._most = batches, begin, most
+        self._place, self.size = place, size
         self._closed = threading.Event()
         self.unsure: str | None = None
         # Since version 7 ipykernel finds the cell to which printed output belongs in a context variable.
@@ -60,6 +70,7 @@ class Fetching(threading.Thread):
         self._cell.run(self._work)
 
     def _work(self) -> None:
+        fetched = Fetched([], [])
         try:
             if isinstance(self._batches, Iterator):
                 # A thread that was told to end may be in the same generator still.
@@ -69,14 +80,22 @@ class Fetching(threading.Thread):
             iterator, skip = self._iterator()
             for number, batch in enumerate(iterator):
                 if number >= skip:
-                    self._put(Fetched(jax.tree_util.tree_map(as_array, batch), _state_of(iterator)), None)
+                    fetched.batches.append(jax.tree_util.tree_map(as_array, batch))
+                    fetched.states.append(_state_of(iterator))
+                    if (self._place + number - skip + 1) % self.size == 0:
+                        whole = len(fetched.batches) == self.size > 1
+                        self._put(fetched._replace(stacked=stacked(fetched.batches)) if whole else fetched, None)
+                        fetched = Fetched([], [])
                 if self._closed.is_set():
                     return
                 if number - skip + 1 == self._most:
                     break
-            self._put(None, None)
+            ended = None
         except BaseException as error:  # whatever it is, or whoever waits would wait forever
-            self._put(None, error)
+            ended = error
+        if fetched.batches:
+            self._put(fetched, None)
+        self._put(None, ended)
 
     def _iterator(self) -> tuple[Iterator[PyTree], int]:
         """The iterator where the thread begins, or before so many batches that are left out."""
@@ -107,7 +126,7 @@ class Fetching(threading.Thread):
             return
 
     def next(self) -> Fetched | None:
-        """The next batch; None where there is none. Raises what the iterable raised. Open to Ctrl-C."""
+        """The next batches; None where there are none. Raises what the iterable raised. Open to Ctrl-C."""
         while True:
             try:
                 fetched, error = self._queue.get(timeout=0.1)
@@ -137,6 +156,19 @@ def _state_of(iterator: Any) -> Any:
     with suppress(Exception):  # one of those that it is put together of may have none
         return copy.deepcopy(iterator.get_state())
     return None
+
+
+def stacked(batches: list[PyTree]) -> PyTree:
+    """Batches as one tree with an axis before the others; None unless they are NumPy arrays of the same shapes."""
+    flat: list[tuple[list[Any], Any]] = [jax.tree_util.tree_flatten(batch) for batch in batches]
+    kinds = [
+        [(leaf.dtype, leaf.shape) if isinstance(leaf, np.ndarray) else None for leaf in leaves] for leaves, _ in flat
+    ]
+    first, treedef = kinds[0], flat[0][1]
+    if None in first or any(kind != first for kind in kinds) or any(other != treedef for _, other in flat):
+        return None
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return jax.tree_util.tree_unflatten(treedef, [np.stack(column) for column in columns])
 
 
 def as_array(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,7 +142,7 @@ class StepPrograms:
         passed = Structure.of(treedef)
         if self._code is None or passed.contents is None:
             return None
-        return hashable((*self._code, batch.steps, passed, tuple(map(signature_of, leaves))))
+        return hashable((*self._code, batch.steps, self._is_held(batch), passed, tuple(map(signature_of, leaves))))
 
     def _shapes(self, batch: Batch) -> object:
         """What a program is specialised on of a batch."""
@@ -171,7 +172,8 @@ class StepPrograms:
             self.step = replace(self.step, takes_loss=takes_loss)
             return Compiling(executable, digest=digest)
         self._phase("tracing")
-        function = self.step.step if batch.steps == 1 else self.step.group
+        stacked = not self._is_held(batch)
+        function = self.step.step if batch.steps == 1 else partial(self.step.group, stacked=stacked)
 
         def program(
             state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: Leaf, arguments: Kwargs

@@ -119,18 +119,30 @@ class Step(Struct, frozen=True, eq=False):
         return StepResult(TrainState(variables, opt_state, alive), value, metrics or {}, alive)
 
     def group(
-        self, state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: HostArray | None, arguments: Kwargs
+        self,
+        state: TrainState,
+        keys: Mapping[str, Leaf],
+        numbers: Leaf,
+        rows: HostArray | None,
+        arguments: Kwargs,
+        *,
+        stacked: bool,
     ) -> StepResult:
         """Several steps in one program, one for each of `numbers`; `rows` has a row for each, and so has the result.
+
+        Args:
+          stacked: the arguments of the batch have one for each, too.
 
         The state is good for nothing where one of them is not finite: to keep that before it takes a tenth of the time.
         """
 
-        def one(state: TrainState, each: tuple[Leaf, HostArray | None]) -> tuple[TrainState, tuple[Leaf, ...]]:
-            result = self.taken(state, keys, *each, arguments)
+        def one(state: TrainState, each: tuple[Leaf, HostArray | None, Kwargs]) -> tuple[TrainState, tuple[Leaf, ...]]:
+            number, rows, batch = each
+            result = self.taken(state, keys, number, rows, {**arguments, **batch})
             return result.state, result[1:]
 
-        state, results = jax.lax.scan(one, state, (numbers, rows))
+        batches = {name: arguments[name] for name in self.batched if stacked}
+        state, results = jax.lax.scan(one, state, (numbers, rows, batches))
         return StepResult(state, *results)
 
     def updated(self, params: PyTree, grads: PyTree, opt_state: PyTree, **of_loss: Any) -> tuple[PyTree, PyTree]:

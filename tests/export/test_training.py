@@ -195,6 +195,28 @@ def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, m
     assert lines[-2] == run.losses.tobytes().hex()
 
 
+BATCHES = "batches = [{name: np.asarray(array[n : n + 4]) for name, array in train.items()} for n in range(0, 22, 4)]"
+
+
+def test_several_batches_of_an_iterable_in_one_program_are_so_in_the_script(notebook, tmp_path, monkeypatch):
+    notebook(NORMED)
+    notebook(LOSS)
+    notebook(f"import numpy as np\n{BATCHES}")
+    monkeypatch.setattr(TrainingLoop, "curve", property(lambda loop: replace(curve(loop), group=2)))
+    notebook("%flax_train -q --optimizer optax.adam(1e-2) --epochs 2 --eval test loss(normed, batches)")
+    notebook("%flax_train -q --resume --steps 20 loss(normed, batches)")
+    notebook("%flax_train -q --optimizer optax.sgd(1e-2) --steps 5 loss(normed, iter(batches))")
+    script = exported(notebook)
+    assert "fits = place % 2 == 0 and place + 2 <= 6 and step + 2 <= 12\n" in script
+    assert "batch in enumerate(part, step):\n" in script
+    assert script.count("state, values = train_steps(") == 3
+    first, last = notebook.session.runs
+    lines = printed(f"{script}\n{SHOWN}", tmp_path)
+    assert digests_of(lines)[:2] == [first.digest, last.digest]
+    assert looks_in(lines) == looks_of(first)
+    assert lines[-2].split()[-1] == last.losses.tobytes().hex()
+
+
 @pytest.mark.alike
 def test_names_that_are_bound_again_stand_for_what_they_stood_for(notebook, tmp_path):
     script, lines = compared(
