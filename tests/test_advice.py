@@ -615,7 +615,7 @@ SCENARIOS = [
     Scenario("history.replay._check", "%flax_replay 1",
              (NET, "%config FlaxMagics.replay_bytes = 0", RAN + "\ndel first"),
              after="%flax_apply -q net(x);\n%flax_replay 2"),
-    Scenario("history.table.notice_of", "%flax_replay 1", (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
+    Scenario("history.replay.notice_of", "%flax_replay 1", (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
              ("net(x)",), after="%flax_replay run"),
     Scenario("notebook.magics.flax_export", "%flax_export --cell a.py", (NET, RAN)),
     Scenario("line.options._unknown", "%flax_export --file a.py", (NET, RAN)),

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from ..base.curve import Curve
 from ..base.measures import Timing
 from ..base.output import Agreement, Difference, with_digest, with_output
-from ..base.text import bytes_
+from ..base.text import bytes_, clean, cut, plural, ulp
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
@@ -30,8 +30,10 @@ from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
 from ..models.construction import adopt_built
+from ..report.facts import draw_of, mode_of, name_of, verdict
+from ..report.text import Notice
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import COMMANDS, RELEASED, Run, like
+from ..run import COMMANDS, RELEASED, Note, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, TrainRecipe, objects_in
 from ..state.runs import StoredRun
 
@@ -311,3 +313,41 @@ def _of_inputs(how: ApplyRecipe, treedef: object, leaves: list[Leaf]) -> tuple[s
     if how.objects is None or fingerprint(objects_in(treedef, leaves, how.structure)) != how.objects:
         return ("an object in the call may have changed since",)
     return ()
+
+
+NAMED = 6
+"""How many leaves are named; the rest is counted."""
+
+
+def notice_of(run: Run) -> Notice:
+    """A replay's line, `net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and what differs."""
+    agreement = run.agreement
+    assert agreement is not None
+    # These texts hold names and messages of the user's code.
+    notes = [Note("replay", clean(text)) for text in agreement.said]
+    if agreement.identical is False:
+        shown = [difference_text(difference) for difference in agreement.differences[:NAMED]]
+        more = len(agreement.differences) - len(shown)
+        if more:
+            shown.append(f"and {plural(more, 'more leaf').replace('leafs', 'leaves')}")
+        if not shown:
+            shown = ["its output is gone, and a digest cannot tell where or by how much they differ"]
+        notes = [*(Note("replay", text) for text in shown), *notes]
+    elif agreement.identical is None:
+        notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
+    draw = draw_of(run, seed=True).removesuffix(" again")
+    return Notice(name_of(run), (mode_of(run), draw, "replayed", verdict(run)), tuple(notes))
+
+
+NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"
+
+
+def difference_text(difference: Difference) -> str:
+    """How one leaf differs: `['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)`."""
+    where = f"{clean(difference.path)}: " if difference.path else ""
+    if difference.text:
+        return where + cut(clean(difference.text), 120)
+    text = f"{where}{difference.elements:,} of {plural(difference.size, 'element')}"
+    if difference.largest is not None:
+        text += f", up to {difference.largest:.3g}"
+    return text + (f" ({ulp(difference.ulp)})" if difference.ulp is not None else "")

@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING, overload
 import jax
 from msgspec import Struct
 
-from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, seconds, ulp, width, wrap
+from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, seconds, width, wrap
 from ..base.text import table as lined_up
 from ..errors import FlaxMagicsError
-from ..report import facts
 from ..report.curve import outcome
 from ..report.html import render, shown_bundle
-from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import COMMANDS, CommandName, DrawNumber, Note, Run, repr_without
+from ..run import COMMANDS, CommandName, DrawNumber, Run, repr_without
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.output import Difference
+    pass
 
 
 def history_html(history: History, table: Table | None = None) -> str:
@@ -462,41 +460,3 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     marks = tuple(mark for mark in map(clean, first.marks) if not mark.startswith((REPLAYED, GONE)))
     weights = f"weights {clean(weights)}" if weights else ""
     return HistoryRow(draw, what, digest, cell, at, clean(inputs), tuple(keys), replays, marks, weights, first.trained)
-
-
-NAMED = 6
-"""How many leaves are named; the rest is counted."""
-
-
-def notice_of(run: Run) -> Notice:
-    """A replay's line, `net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and what differs."""
-    agreement = run.agreement
-    assert agreement is not None
-    # These texts hold names and messages of the user's code.
-    notes = [Note("replay", clean(text)) for text in agreement.said]
-    if agreement.identical is False:
-        shown = [difference_text(difference) for difference in agreement.differences[:NAMED]]
-        more = len(agreement.differences) - len(shown)
-        if more:
-            shown.append(f"and {plural(more, 'more leaf').replace('leafs', 'leaves')}")
-        if not shown:
-            shown = ["its output is gone, and a digest cannot tell where or by how much they differ"]
-        notes = [*(Note("replay", text) for text in shown), *notes]
-    elif agreement.identical is None:
-        notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
-    draw = facts.draw_of(run, seed=True).removesuffix(" again")
-    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", facts.verdict(run)), tuple(notes))
-
-
-NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"
-
-
-def difference_text(difference: Difference) -> str:
-    """How one leaf differs: `['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)`."""
-    where = f"{clean(difference.path)}: " if difference.path else ""
-    if difference.text:
-        return where + cut(clean(difference.text), 120)
-    text = f"{where}{difference.elements:,} of {plural(difference.size, 'element')}"
-    if difference.largest is not None:
-        text += f", up to {difference.largest:.3g}"
-    return text + (f" ({ulp(difference.ulp)})" if difference.ulp is not None else "")

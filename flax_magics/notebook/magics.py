@@ -408,7 +408,7 @@ class FlaxMagics(Magics):
     @command(FLAX_REPLAY)
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
-        from ..history.table import notice_of
+        from ..history.replay import notice_of
         from ..report.html import bundle, notice_bundle
 
         draw = use.replay_of()

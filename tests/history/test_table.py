@@ -14,7 +14,8 @@ from runs_to_show import COMPILED, DRAW, INIT, INTERRUPTED, KEY, REUSED, TRAINED
 from flax_magics.base.measures import Timing
 from flax_magics.base.output import Agreement, Difference
 from flax_magics.history import table
-from flax_magics.history.table import SHOWN, DrawRow, History, history_text, notice_of
+from flax_magics.history.replay import notice_of
+from flax_magics.history.table import SHOWN, DrawRow, History, history_text
 from flax_magics.report.text import notice_text
 from flax_magics.rng.keys import RunKeys
 from flax_magics.run import Run

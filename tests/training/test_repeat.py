@@ -15,7 +15,7 @@ from nnx_kinds import Own
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.history.table import notice_of
+from flax_magics.history.replay import notice_of
 from flax_magics.report.facts import key_facts
 
 RANDOM = np.random.RandomState(0)
