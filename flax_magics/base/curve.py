@@ -39,6 +39,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
       eval: the text of the `--eval` data, empty without any.
       arrays: its data are arrays, and no iterable of batches.
       once: its data are an iterator, which is gone through only once.
+      on_host: its data are arrays of which the device is given a batch at a time.
       takes_loss: the optimizer's `update` takes the loss, too.
       parts: how many steps were finished when each of its commands ended, the present one left out.
       looks: how many looks at the `--eval` data there were by then.
@@ -52,6 +53,7 @@ class Task(Struct, frozen=True, forbid_unknown_fields=True):
     freeze: tuple[str, ...] = ()
     arrays: bool = True
     once: bool = False
+    on_host: bool = False
     takes_loss: bool = False
     parts: tuple[int, ...] = ()
     looks: tuple[int, ...] = ()

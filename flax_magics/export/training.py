@@ -87,6 +87,8 @@ class TrainLines:
         self.loss, self.after_net = taken_apart(command)
         self.check_call()
         self.is_cut = self.task.arrays and self.task.batch is not None
+        self.is_gathered = self.is_cut and not self.task.on_host
+        """The step is given all arrays, and takes its batch from them."""
         self.keys = {stream: f"{stream}_key" for stream in self.facts.streams}
         self.folded = {stream: f"jax.random.fold_in({key}, step)" for stream, key in self.keys.items()}
         self.frozen = patterns_of(command, self.task.freeze)
@@ -128,7 +130,7 @@ class TrainLines:
     def batch_line(self) -> list[str]:
         """The line that takes a step's batch from the data; none where the function is given the batch."""
         batch = self.on_mesh.rows("jax.tree.map(lambda array: array[rows], data)")
-        return [f"{self.arguments.parameters[0]} = {batch}"] * self.is_cut
+        return [f"{self.arguments.parameters[0]} = {batch}"] * self.is_gathered
 
     def updated(self, written: str) -> list[str]:
         """The lines that take gradients and update `params`; `written`: the name for what the loss writes, or empty."""
@@ -163,7 +165,7 @@ class TrainLines:
 
     def step(self, body: Sequence[str], *, static: Sequence[str] = (), constant: Sequence[str] = ()) -> str:
         """Makes sure that the jitted step is defined, and returns its name."""
-        data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_cut else self.arguments.parameters
+        data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_gathered else self.arguments.parameters
         parameters = ("optimizer", *static, "state", *constant, *data, "step", *self.keys.values())
         fixed = ("optimizer", *static, *self.arguments.static)
         check_names(self.command, self.loss, parameters, body)
@@ -217,7 +219,11 @@ class TrainLines:
             data, rows = self.variable("data"), list[str]()
             if self.is_cut:
                 rows = [f"{self.variable('size')} = len(jax.tree.leaves({data})[0])"]
-            arrays = self.on_mesh.data(f"jax.tree.map(jnp.asarray, {text})", whole=self.is_cut)
+            arrays = f"jax.tree.map({'np.asarray' if self.task.on_host else 'jnp.asarray'}, {text})"
+            if self.task.on_host:
+                self.writer.needs.add("np")
+            else:
+                arrays = self.on_mesh.data(arrays, whole=self.is_cut)
             return [f"{data} = {arrays}", *rows]
         batches, of_name = self.variable("batches"), f"iterator {text} of {self.model.name}"
         # One that has a name goes on where it is; all else is begun anew, and what the steps took of it is left out.
@@ -306,10 +312,10 @@ class TrainLines:
         """
         first, end, _, looks, _ = self.part
         number, state, curve, values = map(self.variable, ("step", "state", "curve", "values"))
-        source = self.variable("data" if self.task.arrays else "batch")
+        source = self.variable("data" if self.task.arrays and not self.task.on_host else "batch")
         before = [optimizer, *static, state, *constant, source, *self.arguments.outside[1:]]
         after, is_iterable = [number, *map(self.key, self.keys)], not self.task.arrays
-        rows = [self.variable("rows")] if self.is_cut else []
+        rows = [self.variable("rows")] if self.is_gathered else []
         one = [call(f"{state}, {values} = {step}(", [*before, *rows, *after]), f"{curve}.append({values})"]
         steps, group = f"range({first}, {end})" if first else f"range({end})", self.curve.group
         body: list[str] = []
@@ -325,7 +331,7 @@ class TrainLines:
             head = f"while {number} < {end}:"
         if group == 1:
             finished = f"{number} + 1"
-            body += [*self._order(), *self._rows("1"), *one]
+            body += [*self._order(), *self._rows("1"), *self._on_host(source), *one]
         else:
             finished, many = number, self.variable("many")
             rows = [f"{each}.reshape({group}, {self.task.batch})" for each in rows]
@@ -412,6 +418,13 @@ class TrainLines:
         size, place = self.task.batch, self.variable("place") if self.is_cut else ""
         end = f"({place} + {many})"
         return [f"{self.variable('rows')} = {self.variable('order')}[{size} * {place} : {size} * {end}]"] * self.is_cut
+
+    def _on_host(self, source: str) -> list[str]:
+        """The lines that take a batch from arrays which are not on the device."""
+        data, rows = (self.variable(name) if self.task.on_host else "" for name in ("data", "rows"))
+        lines = [f"{source} = jax.tree.map(lambda array: array[{rows}], {data})"]
+        lines += [f"{source} = {self.on_mesh.batch(source)}"] * self.on_mesh.is_used
+        return lines if self.task.on_host else []
 
     @property
     def reaches_over(self) -> bool:

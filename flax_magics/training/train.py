@@ -216,6 +216,7 @@ class Trainer:
         if placement is not None:
             opt_state = placement.of_variables(opt_state, self.loss.model.annotations(), before=placement)
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
+        self.task = replace(self.task, on_host=isinstance(self.data, ArrayData) and not self.data.held)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
             per_epoch = self.resumed.curve.epoch or per_epoch

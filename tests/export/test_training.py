@@ -195,6 +195,22 @@ def test_several_steps_in_one_program_are_so_in_the_script(notebook, tmp_path, m
     assert lines[-2] == run.losses.tobytes().hex()
 
 
+@pytest.mark.alike
+def test_arrays_that_stay_on_the_host_do_so_in_the_script(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr("flax_magics.training.data._fits", lambda tree: False)
+    script = assert_same(
+        notebook,
+        tmp_path,
+        NORMED,
+        LOSS,
+        "import numpy as np\ntrain = jax.tree.map(np.asarray, train)",
+        "%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 3 --eval test loss(normed, train)",
+    )
+    assert "data = jax.tree.map(np.asarray, train)\n" in script
+    assert "batch = jax.tree.map(lambda array: array[rows], data)\n" in script
+    assert printed(f"{script}\n{SHOWN}", tmp_path)[-2] == notebook.session.runs[0].losses.tobytes().hex()
+
+
 BATCHES = "batches = [{name: np.asarray(array[n : n + 4]) for name, array in train.items()} for n in range(0, 22, 4)]"
 
 
