@@ -105,6 +105,8 @@ def go_to(page: Any, address: str) -> None:
     page.set_default_timeout(60_000)
     page.goto(address)
     page.wait_for_function(IDLE)
+    page.wait_for_timeout(1000)  # with the name's first sight a kernel may not have said anything yet
+    page.wait_for_function(IDLE)
 
 
 def menu(page: Any, *names: str) -> None:
