@@ -119,6 +119,10 @@ def _train(command: CommandLines) -> list[str]:
     part = training.parts_of(command.runs[-1])[written.get(index, 0)]
     lines = steps.train_nnx(command, part) if command.model.holds else steps.train_linen(command, part)
     written[index] = written.get(index, 0) + 1
+    trained, net = command.context.groups.runs[index].trained, command.model.name
+    if trained is not None and "is not finite" in trained.stopped:
+        # `.previous` may have the weights from before it since.
+        command.context.aside[net] = f"a training of `{net}` that was not finite may have replaced them, too"
     return lines
 
 
