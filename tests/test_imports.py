@@ -38,7 +38,12 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
     assert ours - packages == {
         *("flax_magics.errors", "flax_magics.base.text", "flax_magics.base.tokens"),
         *("flax_magics.base.types", "flax_magics.cells.journal", "flax_magics.code.library"),
-        *("flax_magics.line.call", "flax_magics.line.commands", "flax_magics.line.expression"),
+        *(
+            "flax_magics.line.call",
+            "flax_magics.line.commands",
+            "flax_magics.line.expression",
+            "flax_magics.line.kinds",
+        ),
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
         *("flax_magics.notebook.extension", "flax_magics.notebook.interrupts", "flax_magics.notebook.magics"),
         "flax_magics.notebook.notebook",

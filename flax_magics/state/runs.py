@@ -456,5 +456,5 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
       reach: how many runs, of any model, are searched.
     """
     recent = (stored.facts for stored in islice(backwards(chain), reach))
-    applies = (facts for facts in recent if facts.command == "apply" and facts.model == model)
+    applies = (facts for facts in recent if facts.kind.forward and not facts.kind.loss and facts.model == model)
     return [(facts.program, facts.causes) for facts in islice(applies, n)]

@@ -25,6 +25,7 @@ from ..models.base import FLAX_ARGUMENTS
 from ..models.calls import CallText, first_line, self_of
 from ..models.switch import WHEN_TRAINING
 from ..run import Note
+from .data import is_arrays
 from .diagnosis import UNREAD
 from .loss import Loss, transformed
 
@@ -192,7 +193,9 @@ def _calls_in(trace: TracebackType | None) -> Iterator[tuple[CodeType, Mapping[s
 
 def _rows(tree: PyTree) -> int | None:
     """How many rows all arrays of a tree have; None where they have none, or not the same number."""
-    shapes = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in jax.tree_util.tree_leaves(tree)}
+    if not is_arrays(tree):
+        return None
+    shapes = {tuple(leaf.shape)[:1] for leaf in jax.tree_util.tree_leaves(tree)}
     return next(iter(shapes), (None,))[0] if len(shapes) == 1 and () not in shapes else None
 
 

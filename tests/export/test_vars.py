@@ -76,6 +76,19 @@ def test_weights_of_an_nnx_module_come_back(notebook, tmp_path):
     assert "\nnnx.update(net, previous_net)\n" in script
 
 
+def test_weights_from_before_a_training_that_diverged_are_not_taken_for_an_inits(notebook):
+    notebook(NORMED)
+    notebook("variables = %flax_init normed(x)")
+    notebook("%flax_vars normed = {**variables, 'params': variables['params']}")
+    notebook("%flax_init -q normed(x)")
+    notebook("import optax\ndef loss(net, x): return (net(x) ** 2).mean()")
+    error = notebook.fails("%flax_train --optimizer optax.sgd(1e6) --steps 99 loss(normed, x)")
+    assert error.endswith(PREVIOUS.format("normed"))
+    notebook(PREVIOUS.format("normed"))
+    said = "a training of `normed` that was not finite may have replaced them, too"
+    assert said in " ".join(exported(notebook).replace("#", " ").split())
+
+
 def test_weights_that_no_line_had_given_do_not_come_back(notebook):
     notebook(NORMED)
     notebook("variables = %flax_init normed(x)")

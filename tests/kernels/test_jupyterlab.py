@@ -378,14 +378,12 @@ def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tm
     shown = page.evaluate(SHOWN)
     for string in hostile.STRINGS[:46]:  # the further ones are escaped, and cut
         assert " ".join(string.split())[:20].replace("\0", "\\x00") in shown
-    # Words of hundreds of letters are broken where they must be, in tables too.
     for width in (1280, 480):
         page.set_viewport_size({"width": width, "height": 1600})
         page.wait_for_timeout(500)
         assert page.evaluate("() => document.documentElement.scrollWidth") == width
         assert page.evaluate(OUTSIDE) == []
         page.screenshot(path=tmp_path / f"hostile-{width}.png")
-        assert page.evaluate(WIDER) == []
     page.close()
 
 

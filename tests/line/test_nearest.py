@@ -64,7 +64,7 @@ def test_every_kind_of_name_has_its_nearest(notebook, cell, said):
 def test_what_is_near_to_nothing_is_not_advised(notebook):
     notebook(f"%%flaxmodel\n{TWINS}")
     assert notebook.fails("%flax_init cnn(x) --train") == (
-        "FlaxMagicsError: %flax_init has no option --train.\n  options: --keys-of  -q/--quiet  -o/--out  -h/--help"
+        "FlaxMagicsError: %flax_init has no option --train.\n  options: --keys-of  -o/--out  -q/--quiet  -h/--help"
     )
     assert notebook.fails("%flax_apply --train --eval=1 cnn(x)") == "FlaxMagicsError: --eval takes no value."
 

@@ -137,14 +137,3 @@ def test_a_class_is_no_model(notebook: Any, line: str) -> None:
         "FlaxMagicsError: `Net` is a class, and a model is an instance of it.\n  write: %flaxmodel net = Net()"
     )
     assert dict(notebook.session.models) == {}
-
-
-def test_a_model_whose_name_is_bound_no_more_is_said_to_be_the_registered_one(notebook):
-    notebook("net = nn.Dense(2)\n%flax_apply -q net(x);")
-    notebook("kept = net\ndel net")
-    said = "! `net` is no model of the notebook any more: the one ran that is still\n  registered under that name"
-    assert notebook("%flax_apply net(x);").endswith(said)
-    notebook("net = None")
-    assert notebook("%flax_apply net(x);").endswith(said)
-    notebook("net = kept")
-    assert "!" not in notebook("%flax_apply net(x);")

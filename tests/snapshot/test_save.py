@@ -582,9 +582,8 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
     session.save(path)
     other = loaded_session(path, MyModel(3, True))
     before, now = session.history(), other.history()
-    assert [(row.inputs, row.digest, row.marks, row.keys) for row in now] == [
-        (row.inputs, row.digest, row.marks, row.keys) for row in before
-    ]
+    assert [(row.inputs, row.digest, row.keys) for row in now] == [(row.inputs, row.digest, row.keys) for row in before]
+    assert [row.marks for row in now] == [(*row.marks, "no replay") for row in before]
     assert now[1].digest == held.digest
     with pytest.raises(FlaxMagicsError) as error:
         other.replay(1)

@@ -183,7 +183,7 @@ def test_a_training_that_is_stopped_by_its_data_keeps_no_weights_from_before_it(
     with pytest.raises(FlaxMagicsError) as error:
         session.train(weighed, "net", batches, optimizer=optax.sgd(1e-3), epochs=1)
     assert (session.runs[-1].steps, error.value.write) == (1, None)
-    with pytest.raises(FlaxMagicsError, match="no init has replaced weights of `net`"):
+    with pytest.raises(FlaxMagicsError, match="no init and no edit has replaced weights of `net`"):
         _ = session.models["net"].previous
 
 
