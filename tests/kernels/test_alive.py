@@ -275,7 +275,7 @@ def test_a_training_has_its_curve_in_one_display_which_keeps_the_finished_steps(
     assert trained["stopped"] == "interrupted"
     assert len(trained["losses"]) == trained["steps"] > 0
     assert data["text/plain"].endswith(
-        f"\n! interrupted after {trained['steps']:,} steps · `flax_magics.session().runs[-1]` is its\n  Run\n"
+        f"\n! interrupted after {trained['steps']:,} steps · `flax_magics.session().runs[-1]` is its Run\n"
         "  write: %flax_train --resume loss(dense, Batches())"
     )
     assert "stopped</text>" in data["text/html"]
