@@ -413,6 +413,7 @@ class ExportFacts(Struct, frozen=True):
       init_streams: random streams that this init needs besides `params`.
       containers: arguments that have a static leaf inside, by name, taken apart.
       looks: of a training: how each of its commands has looked at `--eval` data, None for one that has not.
+      parts: of a training that went on: the facts of its earlier commands.
       returns: what the output contains besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
       code: a fingerprint of the model's code and of all that it reads; None where that cannot be told.
@@ -440,6 +441,7 @@ class ExportFacts(Struct, frozen=True):
     code: bytes | None = None
     containers: tuple[tuple[str, ContainerPart], ...] = ()
     looks: tuple[LookFacts | None, ...] = ()
+    parts: tuple[ExportFacts, ...] = ()
 
 
 class LookFacts(Struct, frozen=True):

@@ -117,6 +117,8 @@ def _train(command: CommandLines) -> list[str]:
     """`%flax_train`: the next part of its training."""
     written, index = command.context.trained, command.indices[-1]
     part = training.parts_of(command.runs[-1])[written.get(index, 0)]
+    if part.facts is not None and not part.is_last:
+        command = CommandLines(command.context, command.site, command.indices, part.facts)
     lines = steps.train_nnx(command, part) if command.model.holds else steps.train_linen(command, part)
     written[index] = written.get(index, 0) + 1
     trained, net = command.context.groups.runs[index].trained, command.model.name

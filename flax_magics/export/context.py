@@ -255,8 +255,10 @@ KeyNames = Callable[[str], str]
 class CommandLines:
     """One command of a cell with its runs, and the parts of which its lines are composed."""
 
-    def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
-        self.context, self.site, self.indices = context, site, indices
+    def __init__(
+        self, context: ScriptContext, site: CommandSite, indices: Sequence[int], part: ExportFacts | None = None
+    ) -> None:
+        self.context, self.site, self.indices, self._part = context, site, indices, part
         self.writer, self.options = context.writer, site.parsed.options
         self.runs = [context.groups.runs[index] for index in indices]
 
@@ -284,6 +286,8 @@ class CommandLines:
           CannotSay: the runs are too different for one set of lines.
         """
         facts = [run.spelling for run in self.runs if run.spelling is not None]
+        if self._part is not None:  # of a training that went on, which may have another loss since
+            facts = [self._part]
         if not facts:
             raise CannotSay("the session does not know how it was run")
         last = facts[-1]

@@ -6,7 +6,6 @@ is taken inside of the program, and a step that is not finite is turned down by 
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +13,7 @@ import jax
 
 from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import is_key
-from ..base.text import clean
-from ..run import LookFacts, Run
+from ..run import ExportFacts, LookFacts, Run
 from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split
 from .losses import check_names, patterns_of, taken_apart
@@ -37,6 +35,7 @@ class Part(NamedTuple):
     Attributes:
       looks: after how many steps each look at the `--eval` data was.
       look: how these were done.
+      facts: of the loss as this command called it; None where that is not known.
     """
 
     first: int
@@ -44,6 +43,7 @@ class Part(NamedTuple):
     is_last: bool
     looks: tuple[int, ...]
     look: LookFacts | None
+    facts: ExportFacts | None
 
 
 def parts_of(run: Run) -> list[Part]:
@@ -51,11 +51,12 @@ def parts_of(run: Run) -> list[Part]:
     assert run.trained is not None
     task, looks = run.trained.task, [look.step for look in run.trained.evals]
     ends, begun = (*task.parts, run.steps), (0, *task.looks, len(looks))
-    known = () if run.spelling is None else run.spelling.looks
+    known, facts = ((), ()) if run.spelling is None else (run.spelling.looks, (*run.spelling.parts, run.spelling))
     # Those of the commands before a load are not known.
     look_of = (*[None] * (len(ends) - len(known)), *known)
+    facts_of = (*[None] * (len(ends) - len(facts)), *facts)
     return [
-        Part(first, end, n == len(task.parts), tuple(looks[begun[n] : begun[n + 1]]), look_of[n])
+        Part(first, end, n == len(task.parts), tuple(looks[begun[n] : begun[n + 1]]), look_of[n], facts_of[n])
         for n, (first, end) in enumerate(zip((0, *ends), ends, strict=False))
     ]
 
@@ -85,7 +86,6 @@ class TrainLines:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
         self.on_mesh = TrainingOnMesh(command)
         self.loss, self.after_net = taken_apart(command)
-        self.check_call()
         self.is_cut = self.task.arrays and self.task.batch is not None
         self.is_gathered = self.is_cut and not self.task.on_host
         """The step is given all arrays, and takes its batch from them."""
@@ -97,13 +97,6 @@ class TrainLines:
         self.arguments = split(self.writer, self.after_net, self.facts, taken)
         self.check_arguments(self.arguments)
         self.writer.needs |= {"jax", "jnp", "optax"}
-
-    def check_call(self) -> None:
-        """Raises CannotSay where the training went on with another loss, or with other arguments after the data."""
-        present, written = ast.parse(self.command.runs[-1].call, mode="eval").body, self.command.call.tree
-        calls = [(one.func, one.args[2:], one.keywords) for one in (present, written) if isinstance(one, ast.Call)]
-        if len({str([ast.unparse(part) for part in (func, *rest, *named)]) for func, rest, named in calls}) > 1:
-            raise CannotSay(f"it went on with another call, `{clean(self.command.runs[-1].call)}`")
 
     def check_arguments(self, arguments: SplitArguments) -> None:
         """Raises CannotSay where the data are no single argument."""
@@ -205,7 +198,10 @@ class TrainLines:
 
     def draw(self) -> tuple[list[str], str, str]:
         """The lines of the draw, and the keys `params` and `dropout` for an init."""
-        besides = streams_of_training(self.command.runs[-1])
+        run = self.command.runs[-1]
+        parts = (part.facts.streams for part in parts_of(run) if part.facts is not None)
+        of_others = dict.fromkeys(name for streams in parts for name in streams if name not in self.facts.streams)
+        besides = (*of_others, *streams_of_training(run))
         lines, key, params = self.command.keys(*besides)
         streams = (*self.facts.streams, *besides)
         if self.task.parts and streams:
@@ -310,7 +306,7 @@ class TrainLines:
           look: the call that looks at the `--eval` data; empty where nothing does.
           static, constant: what the step is given before and after its state.
         """
-        first, end, _, looks, _ = self.part
+        first, end, looks = self.part.first, self.part.end, self.part.looks
         number, state, curve, values = map(self.variable, ("step", "state", "curve", "values"))
         source = self.variable("data" if self.task.arrays and not self.task.on_host else "batch")
         before = [optimizer, *static, state, *constant, source, *self.arguments.outside[1:]]

@@ -226,6 +226,7 @@ def begun_as(run: Run, runs: RunLog | None) -> Run:
     spelling, began = run.spelling, before.spelling
     if spelling is not None and began is not None:  # a run of a file has none
         of_init = {name: getattr(began, name) for name in ExportFacts.__struct_fields__ if name.startswith("init_")}
-        spelling = replace(spelling, looks=(*began.looks, *spelling.looks), **of_init)
+        parts = (*began.parts, replace(began, looks=(), parts=()))
+        spelling = replace(spelling, looks=(*began.looks, *spelling.looks), parts=parts, **of_init)
     beginning = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
     return replace(run, spelling=spelling, **beginning)

@@ -300,12 +300,24 @@ def test_a_loss_that_is_called_like_a_variable_of_the_step_has_no_lines(notebook
     assert exported(notebook).count(reason) == 1
 
 
-def test_one_that_goes_on_with_another_loss_says_so(notebook):
-    notebook(NORMED)
-    notebook(LOSS)
-    notebook("%flax_train -q --optimizer optax.sgd(0.1) --steps 2 loss(normed, train)")
-    notebook("%flax_train -q --resume --steps 4 loss(normed, train, scale=2.0)")
-    assert "# Left out: it went on with another call, `loss(normed, train, scale=2.0)`.\n" in exported(notebook)
+@pytest.mark.parametrize(
+    ("model", "name", "call"), [(NORMED, "normed", "net(x, train=train)"), (NNX_NET, "net", "net(x)")]
+)
+def test_one_that_goes_on_with_another_loss_has_each_in_its_part(notebook, tmp_path, model, name, call):
+    script = assert_same(
+        notebook,
+        tmp_path,
+        "import optax\nfrom flax import nnx",
+        model,
+        "batch = jnp.ones((6, 4))\ndef of(net, x):\n    return (net(x) ** 2).mean()",
+        f"%flax_train -q --optimizer optax.sgd(0.1) --steps 3 of({name}, batch)",
+        f"def of(net, x, train, scale=1.0):\n    y = {call}\n    return scale * (y ** 4).mean(), {{'y': y.mean()}}",
+        f"%flax_train -q --resume --steps 5 of({name}, batch)",
+        f"%flax_train -q --resume --steps 7 of({name}, batch, scale=2.0)",
+        "def other(net, x):\n    return abs(net(x)).mean()",
+        f"%flax_train -q --resume --steps 9 other({name}, batch)",
+    )
+    assert "Left out" not in script
 
 
 def from_a_file(notebook, file, *cells, after):
