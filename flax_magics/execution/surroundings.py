@@ -48,8 +48,8 @@ def surroundings(frame: FrameType | None = None) -> str | None:
       frame: of the session's method that was called; None for the caller of this function.
     """
     tracing = TRACE if private.is_tracing() else None
-    found = around(sys._getframe(1) if frame is None else frame)
-    return tracing or found if found == CALLBACK else found or tracing
+    outside = around(sys._getframe(1) if frame is None else frame)
+    return tracing or outside if outside == CALLBACK else outside or tracing
 
 
 def around(frame: FrameType) -> str | None:

@@ -99,8 +99,8 @@ def export_session(
     executed = [each for cell_run in cell_runs for each in cell_run.statements]
     bindings = Counter(name for each in executed for name in binds(each.statement))
     rebound = frozenset(name for name, times in bindings.items() if times > 1)
-    given = " ".join(site.line for source in sources for site in source.sites.values() if site.name == "flax_vars")
-    asked_back = frozenset(name for _, name, which in SESSION_VARIABLES.findall(given) if which == "previous")
+    of_vars = " ".join(site.line for source in sources for site in source.sites.values() if site.name == "flax_vars")
+    asked_back = frozenset(name for _, name, which in SESSION_VARIABLES.findall(of_vars) if which == "previous")
     groups = RunGroups(runs, cell_runs, restarts)
     context = ScriptContext(writer, groups, script_models, rebound=rebound, asked_back=asked_back)
     stopped = [site for each in executed if each.failed for _, site in each.runs if site is not None]

@@ -264,10 +264,12 @@ class _Reader:
             )
         if bare in ("lr", "learning-rate", "learning_rate", "rate") and "--optimizer" in command.flags:
             rate, _, rest = line[start + len(flag) :].lstrip(" =").partition(" ")
-            own = f"--optimizer optax.adam({rate or '…'})"
-            message = f"{command.name} has no option {flag}: the rate is the optimizer's, as in {own}."
-            given = "--optimizer" in line  # whose rate only its own expression can say
-            return FlaxMagicsError(message, **({} if given else self._corrected(f"{line[:start]}{own} {rest}")))
+            optimizer = f"--optimizer optax.adam({rate or '…'})"
+            message = f"{command.name} has no option {flag}: the rate is the optimizer's, as in {optimizer}."
+            has_optimizer = "--optimizer" in line  # whose rate only its own expression can say
+            return FlaxMagicsError(
+                message, **({} if has_optimizer else self._corrected(f"{line[:start]}{optimizer} {rest}"))
+            )
         known = [option.flag.lstrip("-") for option in (*command.options, HELP)]
         near = [f"--{name}" for name in known if bare and name.startswith(bare)]
         near = near or [f"--{name}" for name in nearest(bare, known, 1)]

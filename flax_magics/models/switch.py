@@ -373,10 +373,10 @@ def _link(modules: list[Any], switch: str, frame: FrameType | None) -> Link | No
             return None
         module = self_of(outside)
         own_switch, code = _own_switch(module, outside), outside.f_code
-        given = call.argument(name, places.index(name))
+        passed = call.argument(name, places.index(name))
         *head, wanted = following(name, own_switch, code.co_name).splitlines()
-        if given != wanted.partition("=")[2]:
-            caller, source = f"`{code.co_name}`", CodePlace(given, given in ("True", "False"))
+        if passed != wanted.partition("=")[2]:
+            caller, source = f"`{code.co_name}`", CodePlace(passed, passed in ("True", "False"))
             if module is not None:
                 caller = f"{type(module).__name__} (line {call.line})"
             elif head:
