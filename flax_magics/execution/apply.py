@@ -248,9 +248,19 @@ def apply_again(
             if entry.variables is not None:
                 after = replace(after or entry, variables={**variables, **updates})
         origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.last)
-        drawn = draw, started, call.cell, source
         stored: StoredRun
-        stored = repeated = RepeatedRun(last.line, output, origin, leaves, size=size, sown=sown, drawn=drawn)
+        stored = repeated = RepeatedRun(
+            last.line,
+            output,
+            origin,
+            leaves,
+            size=size,
+            sown=sown,
+            drawn=draw,
+            started=started,
+            cell=call.cell,
+            source=source,
+        )
         if changed:
             repeated.changed = changed
         running.look()
@@ -264,7 +274,7 @@ def apply_again(
         if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
             return None
         # Nobody has seen them yet.
-        repeated.times = seconds, wait
+        repeated.seconds, repeated.wait = seconds, wait
         memory = last.line.template.memory
         # Of a program's memory figures only the device's peak changes from run to run.
         if memory is not None and memory.peak is not None:

@@ -170,10 +170,10 @@ class Reporter:
             is_counted = self.report(outcome.run, live, quiet=quiet)
             self._counted = repeated if is_counted else None
         elif self._rows is None:  # on a terminal
-            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            loop.add_again(repeated.draw, repeated.seconds, repeated.changed)
             self.put_off(outcome)
         else:
-            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            loop.add_again(repeated.draw, repeated.seconds, repeated.changed)
             repeated.keep(outcome.copy)
             self._rows.add_again(partial(repeated.recorded, outcome.copy))
             self._refresh(loop, live)
