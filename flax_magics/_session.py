@@ -28,7 +28,7 @@ from .execution.call import Call, as_names
 from .execution.idioms import Translation
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
-from .execution.surroundings import stand_outside
+from .execution.surroundings import caller_of, stand_outside
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
@@ -429,7 +429,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         if not (module is None or module is entry.model.module):
             return None
         with entry.model.held_still:
-            outcome = apply_again(last, state, entry, call, self.services, caller=caller or sys._getframe())
+            outcome = apply_again(last, state, entry, call, self.services, caller=caller or caller_of(sys._getframe()))
         if outcome is not None:
             try:
                 self._commit(state, outcome)

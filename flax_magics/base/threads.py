@@ -272,7 +272,7 @@ class Running:
         self._seconds: float | None = None
         # All results of a program are ready together, and fail together. The first is the model's output.
         self._one: Any = result[0]
-        if not isinstance(self._one, jax.Array):
+        if not hasattr(self._one, "is_ready"):
             self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
 
     def look(self) -> bool:

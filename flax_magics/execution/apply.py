@@ -24,7 +24,7 @@ from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
-from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..rng.keys import THREEFRY, Draw, DrawBatch, RunKeys
 from ..run import DrawNumber, Note, Run
 from ..state import runs
 from ..state.entry import InitRecipe, LinenEntry, ModelEntry, Origin
@@ -265,7 +265,8 @@ def apply_again(
             repeated.changed = changed
         running.look()
         state_after = state.after(stored, draw, after, None)
-        state_after.root.draw(plan.folded)
+        if draw.impl == THREEFRY:  # where another setting has keys made elsewhere, `draw` does not give these
+            state_after.root.on_host(plan.folded)
         try:
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"), last.seconds)
         except Exception:

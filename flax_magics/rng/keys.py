@@ -271,15 +271,20 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """
         if not is_on_host(self.impl):
             return Draw(self.seed, self.draws + 1, self.data, self.impl)
-        held = self.__dict__
-        draw: Draw | None = held.get("_draw")
-        if draw is None:
-            draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
-            data = splits.of(self.data, tuple(map(stream_tag, folded)))
-            draw.__dict__["_split"] = data[:24]
-            if folded:
-                draw.__dict__["_folded"] = {name: data[24 + 8 * i : 32 + 8 * i] for i, name in enumerate(folded)}
-            held["_draw"] = draw
+        draw: Draw | None = self.__dict__.get("_on_host")
+        return self.on_host(folded) if draw is None else draw
+
+    def on_host(self, folded: Sequence[str] = ()) -> Draw:
+        """The next draw with keys worked out on the host, which `draw` gives as well while that is where they are made.
+
+        Only for threefry.
+        """
+        draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
+        data = splits.of(self.data, tuple(map(stream_tag, folded)))
+        draw.__dict__["_split"] = data[:24]
+        if folded:
+            draw.__dict__["_folded"] = {name: data[24 + 8 * i : 32 + 8 * i] for i, name in enumerate(folded)}
+        self.__dict__["_on_host"] = draw
         return draw
 
     def after(self, draw: Draw) -> RootKey:
@@ -407,7 +412,7 @@ class Splits:
             if data is None:
                 data = self._work_out(root, tag)
             if data is not None:
-                return data
+                return data[: 24 + 8 * len(tags)]
         self._asked += 1
         if self._asked == PATIENCE:
             Workers(1).submit(self.prepare)
