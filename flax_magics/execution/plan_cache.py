@@ -89,7 +89,7 @@ class LastRun:
       added: keyword arguments that the mode added to the call's.
       variables: structure of the variables, and the signatures of their leaves.
       known, passed: leaves of the variables and of the arguments that the last run left, held weakly.
-      written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
+      written: the leaves that a run writes, as indices among those that it updates and among the variables' leaves.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       seconds: of the last run; it was `brief` where the next is dispatched before `holds` is asked.
@@ -110,7 +110,7 @@ class LastRun:
     variables: tuple[Structure, list[object]]
     known: list[WeakLeaf]
     passed: list[WeakLeaf]
-    written: tuple[int | None, ...]
+    written: tuple[list[int], list[int]]
     parts: LastCall
     numbers: bool
     looked_at: bool
@@ -154,7 +154,7 @@ class LastRun:
         placement = self.recipe.placement
         if placement is not None:
             arguments = placement.put(arguments, self.recipe.shardings)
-        leaves, treedef = jax.tree_util.default_registry.flatten(variables)
+        leaves, treedef = _flatten(variables)
         if not self.variables[0].fits(treedef):
             return None
         known = self.known
@@ -229,11 +229,10 @@ class LastRun:
 
     def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
         """Whether a variable that the run writes holds another value by now than the run had."""
-        leaves, had = jax.tree_util.tree_leaves(entry.held), inputs.leaves
+        leaves, had, places = _leaves(entry.held), inputs.leaves, self.written[1]
         # `map` keeps this in C: a model may write as many as it has.
-        places = [i for i in self.written if i is not None]
-        at = had.__getitem__
-        return len(leaves) != len(had) or not all(map(is_, map(leaves.__getitem__, places), map(at, places)))
+        at, before = leaves.__getitem__, had.__getitem__
+        return len(leaves) != len(had) or not all(map(is_, map(at, places), map(before, places)))
 
     def wrote(self, inputs: Inputs, updates: Mapping[str, PyTree], seconds: float) -> None:
         """Notes what a run leaves that has become part of the session: what it was given, and what it wrote.
@@ -242,10 +241,9 @@ class LastRun:
         """
         known = inputs.known
         if updates:
-            known = list(known)
-            for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
-                if i is not None:
-                    known[i] = _weakly(leaf)
+            known, (updated, places) = list(known), self.written
+            for i, leaf in zip(places, map(_leaves(updates).__getitem__, updated), strict=True):
+                known[i] = weakref.ref(leaf)
         self.seconds, self.brief, self.passed, self.known = seconds, seconds < BRIEF, inputs.passed, known
 
     def _traced(
@@ -268,6 +266,13 @@ class LastRun:
             elif type(leaf) is not type(was) or leaf != was:
                 return None
         return arguments, passed
+
+
+_flatten = jax.tree_util.default_registry.flatten
+
+
+def _leaves(tree: PyTree) -> list[Leaf]:
+    return _flatten(tree)[0]  # type: ignore[no-any-return]
 
 
 def _weakly(leaf: Leaf) -> WeakLeaf:
@@ -373,10 +378,12 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     )
 
 
-def _places(variables: Variables, updates: Variables) -> tuple[int | None, ...]:
-    """For each leaf of `updates`, the index of the variables' leaf at the same path; None where there is none."""
+def _places(variables: Variables, updates: Variables) -> tuple[list[int], list[int]]:
+    """Indices of those leaves of `updates` that are leaves of the variables too, and their indices there."""
     paths = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(variables)[0])}
-    return tuple(paths.get(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0])
+    updated = [path for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]]
+    both = [i for i, path in enumerate(updated) if path in paths]
+    return both, [paths[updated[i]] for i in both]
 
 
 class PlanCache:
