@@ -463,13 +463,16 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
     def _commit(self, before: State, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
         stored, draw, write, commit, state = outcome.stored, outcome.draw, outcome.write, outcome.commit, outcome.state
-        state = before.after(stored, draw.last, outcome.entry, outcome.opened) if state is None else state
+        if state is None:
+            state = before.after(stored, draw.last, outcome.entry, outcome.opened)
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
-        write = write or (commit.make if commit is not None and commit.write is not None else None)
-        into = () if commit is None or write is not None else commit.assignments
-        assignments = (*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored))
+        assignments: tuple[Any, ...]
+        assignments = (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)
+        if commit is not None:
+            write = write or (None if commit.write is None else commit.make)
+            assignments = assignments if write is not None else (*commit.assignments, *assignments)
         # `write` runs Python code. Without it, plain assignments in one C call cost less than deferring the signal.
         with self._committing if write is None else self._in_place_of(before):
             self._check(before)
@@ -478,7 +481,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             at_once(assignments)
         if outcome.committed is not None:
             outcome.committed()
-        if outcome.entry is not None:
+        if outcome.entry is not None and outcome.state is None:  # a line that ran before replaces nothing
             self._count_replaced(before, outcome.entry)
         self._keeping.look(stored.size)
         if self.autosaving is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import jax
 from msgspec.structs import replace
@@ -232,21 +233,22 @@ def apply_again(
             return None
         output, updates, sown = plan.parted(running.result, program.trace)
         source = entry.source
-        after: ModelEntry | None = None
+        news: dict[str, Any] = {}
         changed: dict[str, int] = {}
         commit: Commit | None = None
         # Leaves that neither this plan nor the session put there: the user's code changed the variables.
         if inputs.fresh and source is not None:
             source = source.now(variables, entry.update_counts)
             if source is not entry.source:
-                after = replace(entry, source=source)
+                news["source"] = source
         if updates:
             commit = plan.model.commit(updates, program.trace)
             changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
             if changed:
-                after = replace(after or entry, update_counts={**entry.update_counts, **changed})
+                news["update_counts"] = {**entry.update_counts, **changed}
             if entry.variables is not None:
-                after = replace(after or entry, variables={**variables, **updates})
+                news["variables"] = {**variables, **updates}
+        after = replace(entry, **news) if news else None
         origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.last)
         stored: StoredRun
         stored = repeated = RepeatedRun(

@@ -139,7 +139,7 @@ def run_again(notebook: Notebook, session: Session, line: str, known: KnownLine,
     else:
         notebook.reporter.put_off(outcome)
         working.clear()
-    notebook.journal.drew_again(outcome.runs - 1, notebook.shell.user_global_ns, caller)
+    notebook.journal.drew_again(outcome.runs - 1, caller)
     if session.autosaving is not None:
         notebook.tell_of_autosave()
     return None if ";" in line and displayed_quietly(notebook.shell, line) else outcome.output
