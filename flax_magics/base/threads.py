@@ -242,8 +242,10 @@ class Unfinished(Struct, eq=False):
 
 def all_ready(tree: PyTree) -> bool:
     """Whether all arrays in `tree` are computed."""
-    arrays = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
-    return all(hasattr(array, "is_ready") and array.is_ready() for array in arrays)
+    for leaf in jax.tree_util.tree_leaves(tree):
+        if isinstance(leaf, jax.Array) and not (hasattr(leaf, "is_ready") and leaf.is_ready()):
+            return False
+    return True
 
 
 def smallest(result: PyTree) -> Callable[[], object] | None:

@@ -58,7 +58,7 @@ class Inputs(Struct, frozen=True, eq=False):
     Attributes:
       kwargs: the call's, with those that the mode adds.
       arguments: the traced ones by name; `passed`: weak references to them, as `LastRun` has them.
-      same: they are the very objects of the run before.
+      flat: all of them as leaves, with the structure; None where they are the very objects of the run before.
       leaves: those of the variables; `known`: weak references to them, as `LastRun` has them.
       fresh: those that neither the run before used nor wrote.
       pending: inputs that may still be computed on the device.
@@ -67,7 +67,7 @@ class Inputs(Struct, frozen=True, eq=False):
     kwargs: dict[str, PyTree]
     arguments: dict[str, Leaf]
     passed: list[WeakLeaf]
-    same: bool
+    flat: InputLeaves | None
     variables: Variables
     leaves: list[Leaf]
     known: list[WeakLeaf]
@@ -139,12 +139,13 @@ class LastRun:
             if leaf is None or reference() is not leaf:
                 same = False
                 break
+        flat: InputLeaves | None = None
         if same:  # as in a loop
             arguments = dict(zip(self.flat, args, strict=True))
         elif (traced := self._traced(args, kwargs)) is None:
             return None
         else:
-            arguments, passed = traced
+            arguments, passed, flat = traced
         try:
             variables = entry.held
         except Exception:  # the user has taken an NNX module apart, as `holds` would notice
@@ -169,7 +170,7 @@ class LastRun:
                     fresh.append(leaf)
         # Everything else was computed before the last run began.
         pending = (fresh, arguments) if fresh or not same or placement is not None else ()
-        return Inputs(kwargs, arguments, passed, same, variables, leaves, known, fresh, pending)
+        return Inputs(kwargs, arguments, passed, flat, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
         """Whether the program is the one to run: settings and the model's code are as they were.
@@ -214,7 +215,7 @@ class LastRun:
         # Each is read once, since another thread may drop it.
         earlier, passed = (None, None) if before is None else (before.origin, before.inputs)
         if earlier is not None and earlier.how is recipe:
-            if inputs.same and passed is not None and all(map(is_, passed[1], args)):
+            if inputs.flat is None and passed is not None and all(map(is_, passed[1], args)):
                 leaves = passed
             if not recipe.written and all(map(is_, earlier.leaves, inputs.leaves)):
                 origin = earlier
@@ -222,9 +223,11 @@ class LastRun:
         if origin is None:
             origin = Origin(recipe, list(map(owned_copy, inputs.leaves)) if fresh else inputs.leaves)
         if leaves is None:
-            values, treedef = jax.tree_util.tree_flatten((args, inputs.kwargs))
-            leaves = treedef, list(map(owned_copy, values))
-        size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
+            if (flat := inputs.flat) is None:
+                values, treedef = _flatten((args, inputs.kwargs))
+                flat = treedef, values
+            leaves = flat[0], list(map(owned_copy, flat[1]))
+        size = recipe.written + (0 if inputs.flat is None else recipe.inputs) + (recipe.variables if fresh else 0)
         return origin, leaves, size
 
     def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
@@ -248,9 +251,11 @@ class LastRun:
 
     def _traced(
         self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
-    ) -> tuple[dict[str, Leaf], list[WeakLeaf]] | None:
-        """The traced leaves by name, and `Inputs.passed`; None where structure, signature or a static value differs."""
-        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+    ) -> tuple[dict[str, Leaf], list[WeakLeaf], InputLeaves] | None:
+        """The traced leaves by name, `Inputs.passed` and `Inputs.flat`; None where structure, signature or a static
+        value differs.
+        """
+        leaves, treedef = _flatten((args, kwargs))
         if not self.structure.fits(treedef):
             return None
         arguments: dict[str, Leaf] = {}
@@ -265,7 +270,7 @@ class LastRun:
             # `True == 1 == 1.0`, but each type has its own program.
             elif type(leaf) is not type(was) or leaf != was:
                 return None
-        return arguments, passed
+        return arguments, passed, (treedef, leaves)
 
 
 _flatten = jax.tree_util.default_registry.flatten

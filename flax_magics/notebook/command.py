@@ -135,10 +135,10 @@ def run_again(notebook: Notebook, session: Session, line: str, known: KnownLine,
     if out is not None:
         user_ns[out] = outcome.run
     if not quiet or outcome.stored.notes:
-        notebook.reporter.report_again(outcome, working.live, quiet=quiet)
+        notebook.reporter.report_again(outcome, lambda: working.live, quiet=quiet)
     else:
         notebook.reporter.put_off(outcome)
-        working.clear()
+    working.clear()
     notebook.journal.drew_again(outcome.runs - 1, caller)
     if session.autosaving is not None:
         notebook.tell_of_autosave()
