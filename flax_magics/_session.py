@@ -466,8 +466,8 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         if state is None:
             state = before.after(stored, draw.last, outcome.entry, outcome.opened)
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
-        for one in draw.draws:
-            self.services.seen.roots.add(one.next_root)
+        roots = [one.next_root for one in draw.draws] if outcome.state is None else [state.root.data]
+        self.services.seen.roots.update(roots)
         assignments: tuple[Any, ...]
         assignments = (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)
         if commit is not None:

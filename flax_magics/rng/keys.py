@@ -279,11 +279,15 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
         Only for threefry.
         """
-        draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
-        data = splits.of(self.data, tuple(map(stream_tag, folded)))
-        draw.__dict__["_split"] = data[:24]
+        root = self.data
+        draw = Draw(self.seed, self.draws + 1, root, self.impl)
+        keys = draw.__dict__
         if folded:
-            draw.__dict__["_folded"] = {name: data[24 + 8 * i : 32 + 8 * i] for i, name in enumerate(folded)}
+            data = splits.of(root, tuple(map(stream_tag, folded)))
+            keys["_split"] = data[:24]
+            keys["_folded"] = {name: data[24 + 8 * i : 32 + 8 * i] for i, name in enumerate(folded)}
+        else:
+            keys["_split"] = splits.of(root)
         self.__dict__["_on_host"] = draw
         return draw
 
@@ -405,11 +409,13 @@ class Splits:
 
         See `is_on_host`.
         """
+        known, ahead = self._ahead
+        data = ahead.get(root)
+        if data is not None and not tags:
+            return data[:24]
         if self._program is not None and len(tags) < 2:
-            known, ahead = self._ahead
             tag = tags[0] if tags else known
-            data = ahead.get(root) if tag == known else None
-            if data is None:
+            if data is None or tag != known:
                 data = self._work_out(root, tag)
             if data is not None:
                 return data[: 24 + 8 * len(tags)]
