@@ -175,7 +175,7 @@ class RepeatedRun(StoredRun):
 
     # No tuple, since the garbage collector would look through it as often as through the run itself.
     __slots__ = (
-        "_cell", "_copy", "_drawn", "_line", "_source", "_started", "changed", "memory", "seconds", "wait",
+        "_cell", "_copy", "_drawn", "_line", "_source", "_started", "_taken", "changed", "memory", "seconds", "wait",
     )  # fmt: skip
 
     def __init__(
@@ -198,6 +198,7 @@ class RepeatedRun(StoredRun):
         self._started, self._cell, self._source = started, cell, source
         self._facts, self._shapes, self._weak = None, None, None
         self._copy: bytes | None = None
+        self._taken: OutputFacts | None = None
         self._run = _gone
         self._output = _weakly(output)
         self._sown = _weakly(dict(sown)) if sown else None
@@ -219,15 +220,17 @@ class RepeatedRun(StoredRun):
         """The Run without its arrays."""
         with _making:
             if self._facts is None:
-                self._facts = self._made_facts()
+                self._facts = self._made()
             return self._facts
 
-    def _made_facts(self) -> Run:
+    def _made(self, **arrays: PyTree) -> Run:
+        """The Run without its arrays, but for these. What is taken of its output is the same object in all of them."""
         draw, source = self._drawn, self._source
-        facts = OutputFacts(shape=self._line.shape)
-        if self._copy is not None:
-            facts.copy = self._read(self._copy)
-            self._copy = None  # which goes once the facts are read
+        if self._taken is None:
+            self._taken = OutputFacts(shape=self._line.shape)
+            if self._copy is not None:
+                self._taken.copy = self._read(self._copy)
+                self._copy = None  # which goes once the facts are read
         return replace(
             self._line.template,
             seed=draw.seed,
@@ -237,9 +240,10 @@ class RepeatedRun(StoredRun):
             cell=self._cell,
             weights="" if source is None else source.describe(draw.seed),
             timing=Timing(run=self.seconds, wait=self.wait),
-            _taken=facts,
+            _taken=self._taken,
             changed=self.changed,
             memory=self.memory,
+            **arrays,
         )
 
     @property
@@ -277,17 +281,17 @@ class RepeatedRun(StoredRun):
         with _making:
             run = self._run()
             if run is None:
-                run = replace(self.facts, output=output, inputs=inputs, sown=sown)
+                run = self._made(output=output, inputs=inputs, sown=sown)
                 self._run = weakref.ref(run)
             return run
 
     def keep(self, copy: bytes) -> None:
         """Keeps the bytes of a small output, of which the digest is taken when somebody asks."""
         with _making:
-            if self._facts is None:
+            if self._taken is None:
                 self._copy = copy
-            else:  # somebody has read them already, such as another thread that saves
-                self._facts._taken.keep(self._read(copy))
+            else:  # somebody has read the run already, such as another thread that saves
+                self._taken.keep(self._read(copy))
 
     def _read(self, copy: bytes) -> HostArray:
         assert self._line.small is not None
