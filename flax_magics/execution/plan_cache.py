@@ -232,7 +232,10 @@ class LastRun:
 
     def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
         """Whether a variable that the run writes holds another value by now than the run had."""
-        leaves, had, places = _leaves(entry.held), inputs.leaves, self.written[1]
+        places = self.written[1]
+        if not places:
+            return False
+        leaves, had = entry.held_leaves, inputs.leaves
         # `map` keeps this in C: a model may write as many as it has.
         at, before = leaves.__getitem__, had.__getitem__
         return len(leaves) != len(had) or not all(map(is_, map(at, places), map(before, places)))

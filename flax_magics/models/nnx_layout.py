@@ -202,6 +202,20 @@ class Layout(Struct, dict=True):
             out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
         return out
 
+    def leaves(self) -> list[Leaf]:
+        """The leaves of `given()`, NumPy arrays not copied, at a tenth of the cost where each Variable holds one leaf."""
+        values = list(map(_SLOT.__get__, self._in_order))
+        if self._given[2] or not jax.tree_util.all_leaves(values):
+            return jax.tree_util.tree_leaves(self.given())
+        return values
+
+    @cached_property
+    def _in_order(self) -> list[Any]:
+        """Plain Variables in the order of JAX's leaves: by type, then by name."""
+        names_by_type, variables, _ = self._given
+        places = [(collection, name) for collection, names in names_by_type.items() for name in names]
+        return [variables[i] for i in sorted(range(len(places)), key=places.__getitem__)]
+
     @cached_property
     def _given(self) -> tuple[dict[str, list[str]], list[Any], list[Slot]]:
         """The names of plain Variables by type, the Variables in that order, and the slots that need `Slot.read`."""
