@@ -19,9 +19,8 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sized
-from itertools import chain, repeat
-from operator import call, is_
+from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import jax
@@ -268,28 +267,15 @@ Contents = Mapping[Any, object]
 
 
 class Guards(Struct):
-    """Mutable places with the objects found in them. `open`: something cannot be guarded, so `hold` is never true.
-
-    Places of one kind stand in lists side by side, which `hold` compares without a step of Python for each.
-    """
+    """Mutable places with the objects found in them. `open`: something cannot be guarded, so `hold` is never true."""
 
     open: bool = False
-    # Globals: the namespace, the name there, and what it was bound to.
-    _namespaces: list[dict[str, object]] = []
-    _names: list[str] = []
-    _bound: list[object] = []
-    # Attributes: the owner, the name, and the value.
-    _owners: list[object] = []
-    _attributes: list[str] = []
-    _values: list[object] = []
-    # Mappings and lists: their sizes, functions that return what they hold, and all of that; the keys of mappings.
-    _sized: list[Sized] = []
-    _sizes: list[int] = []
-    _items_of: list[Callable[[], Iterable[object]]] = []
-    _items: list[object] = []
-    _mappings: list[Contents] = []
-    _keys: list[object] = []
+    _names: list[tuple[Mapping[str, object], str, object]] = []
+    _attributes: list[tuple[object, str, object]] = []
+    _wholes: list[tuple[Contents, tuple[object, ...], tuple[object, ...]]] = []
+    _lists: list[tuple[list[object], tuple[object, ...]]] = []
     _sets: list[tuple[set[object], frozenset[object]]] = []
+    _functions: list[tuple[types.FunctionType, object, object, object]] = []
     _cells: list[tuple[types.CellType, object]] = []
     _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = []
 
@@ -317,54 +303,51 @@ class Guards(Struct):
             else:
                 self._arrays.append((value, (value.shape, value.dtype, value.tobytes())))
 
-    def name(self, namespace: dict[str, object], name: str) -> None:
+    def name(self, namespace: Mapping[str, object], name: str) -> None:
         """Guards a global: the object that `name` is bound to in `namespace`, or that it is unbound."""
-        self._namespaces.append(namespace)
-        self._names.append(name)
-        self._bound.append(namespace.get(name, _ABSENT))
+        self._names.append((namespace, name, namespace.get(name, _ABSENT)))
 
     def attribute(self, owner: object, name: str) -> None:
         """Guards an attribute that is not in the owner's `__dict__`, such as a slot or `__bases__`."""
-        self._owners.append(owner)
-        self._attributes.append(name)
-        self._values.append(getattr(owner, name, _ABSENT))
+        self._attributes.append((owner, name, getattr(owner, name, _ABSENT)))
 
     def whole(self, mapping: Contents) -> None:
         """Guards a mapping: all keys and values, in order."""
-        self._all_in(mapping, mapping.values)
-        self._mappings.append(mapping)
-        self._keys += mapping
+        self._wholes.append((mapping, tuple(mapping), tuple(mapping.values())))
 
     def items(self, value: list[object]) -> None:
         """Guards the items of a list."""
-        self._all_in(value, value.__iter__)
-
-    def _all_in(self, value: Sized, items_of: Callable[[], Iterable[object]]) -> None:
-        self._sized.append(value)
-        self._sizes.append(len(value))
-        self._items_of.append(items_of)
-        self._items += items_of()
+        self._lists.append((value, tuple(value)))
 
     def function(self, function: types.FunctionType) -> None:
         """Guards a function's code, its defaults and the cells of its closure."""
-        for name in ("__code__", "__defaults__", "__kwdefaults__"):
-            self.attribute(function, name)
+        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         self._cells += [(cell, _contents(cell)) for cell in function.__closure__ or ()]
 
     def hold(self) -> bool:
         """Whether every place still holds the very object that was found there. Called before every run."""
-        if (
-            self.open
-            or not all(map(is_, map(dict.get, self._namespaces, self._names, repeat(_ABSENT)), self._bound))
-            # As many items as there were, or the comparison of all of them in a row would shift or end too early.
-            or list(map(len, self._sized)) != self._sizes
-            or not all(map(is_, chain.from_iterable(map(call, self._items_of)), self._items))
-            or list(chain.from_iterable(self._mappings)) != self._keys
-            or not all(map(is_, map(getattr, self._owners, self._attributes, repeat(_ABSENT)), self._values))
-        ):
+        if self.open:
             return False
+        # Loops in place of `all` with generators: setting one up costs more than most of these lists take.
+        for namespace, name, old in self._names:
+            if namespace.get(name, _ABSENT) is not old:
+                return False
+        for mapping, keys, values in self._wholes:
+            if len(mapping) != len(keys) or not all(map(is_, mapping.values(), values)) or tuple(mapping) != keys:
+                return False
+        for function, code, defaults, kwdefaults in self._functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+            if function.__kwdefaults__ is not kwdefaults:
+                return False
         for cell, old in self._cells:
             if _contents(cell) is not old:
+                return False
+        for owner, name, old in self._attributes:
+            if getattr(owner, name, _ABSENT) is not old:
+                return False
+        for items, old_items in self._lists:
+            if len(items) != len(old_items) or not all(map(is_, items, old_items)):
                 return False
         for members, old_members in self._sets:
             if members != old_members:

@@ -171,7 +171,7 @@ class Read(NamedTuple):
     """
 
     spelled: str
-    namespace: dict[str, object] | None = None
+    namespace: Mapping[str, object] | None = None
     name: str = ""
 
 
@@ -179,7 +179,7 @@ class Read(NamedTuple):
 _REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
 
 
-def reads_of(code: types.CodeType, namespace: dict[str, object]) -> Iterator[Read]:
+def reads_of(code: types.CodeType, namespace: Mapping[str, object]) -> Iterator[Read]:
     """What `code` and its inner functions read from their module, and from other user modules imported there."""
     loads = loads_of(code)
     for name in loads.imports:
