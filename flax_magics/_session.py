@@ -27,7 +27,7 @@ from .execution.build import Building, rebuild
 from .execution.call import Call, Translation, as_names
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
-from .execution.surroundings import stand_outside
+from .execution.surroundings import caller_of, stand_outside
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
@@ -427,7 +427,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         if not (module is None or module is entry.model.module):
             return None
         with entry.model.held_still:
-            outcome = apply_again(last, state, entry, call, self.services, caller=caller or sys._getframe())
+            outcome = apply_again(last, state, entry, call, self.services, caller=caller or caller_of(sys._getframe()))
         if outcome is not None:
             try:
                 self._commit(state, outcome)
@@ -463,13 +463,16 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
     def _commit(self, before: State, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
         stored, draw, write, commit, state = outcome.stored, outcome.draw, outcome.write, outcome.commit, outcome.state
-        state = before.after(stored, draw.last, outcome.entry, outcome.opened) if state is None else state
+        if state is None:
+            state = before.after(stored, draw.last, outcome.entry, outcome.opened)
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
-        for one in draw.draws:
-            self.services.seen.roots.add(one.next_root)
-        write = write or (commit.make if commit is not None and commit.write is not None else None)
-        into = () if commit is None or write is not None else commit.assignments
-        assignments = (*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored))
+        roots = [one.next_root for one in draw.draws] if outcome.state is None else [state.root.data]
+        self.services.seen.roots.update(roots)
+        assignments: tuple[Any, ...]
+        assignments = (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)
+        if commit is not None:
+            write = write or (None if commit.write is None else commit.make)
+            assignments = assignments if write is not None else (*commit.assignments, *assignments)
         # `write` runs Python code. Without it, plain assignments in one C call cost less than deferring the signal.
         with self._committing if write is None else self._in_place_of(before):
             self._check(before)
@@ -478,7 +481,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
             at_once(assignments)
         if outcome.committed is not None:
             outcome.committed()
-        if outcome.entry is not None:
+        if outcome.entry is not None and outcome.state is None:  # a line that ran before replaces nothing
             self._count_replaced(before, outcome.entry)
         self._keeping.look(stored.size)
         if self.autosaving is not None:

@@ -242,8 +242,10 @@ class Unfinished(Struct, eq=False):
 
 def all_ready(tree: PyTree) -> bool:
     """Whether all arrays in `tree` are computed."""
-    arrays = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
-    return all(hasattr(array, "is_ready") and array.is_ready() for array in arrays)
+    for leaf in jax.tree_util.tree_leaves(tree):
+        if isinstance(leaf, jax.Array) and not (hasattr(leaf, "is_ready") and leaf.is_ready()):
+            return False
+    return True
 
 
 def smallest(result: PyTree) -> Callable[[], object] | None:
@@ -272,7 +274,7 @@ class Running:
         self._seconds: float | None = None
         # All results of a program are ready together, and fail together. The first is the model's output.
         self._one: Any = result[0]
-        if not isinstance(self._one, jax.Array):
+        if not hasattr(self._one, "is_ready"):
             self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
 
     def look(self) -> bool:

@@ -122,6 +122,8 @@ class Journal:
         """For each restart of the root key, the number of runs before it."""
         self._depth = 0
         """Number of nested cell executions: `%%capture` runs a cell inside a cell."""
+        self._names: object = None
+        """The namespace of the cell that runs."""
         self._running = ExecutedCell(None, "")
         """The outermost running cell, with what its commands did so far; errors of nested cells count as its own."""
         self._places: list[Place] = []
@@ -129,8 +131,14 @@ class Journal:
         self.body: list[int] = []
         """The last lines of the statements that have run in the body of its `%%flax…` command."""
 
-    def begin(self, info: Any = None, cell: str | None = None) -> None:
-        """IPython's `pre_run_cell` hook. `cell`: the id of the cell, None where the frontend sends none."""
+    def begin(self, info: Any = None, cell: str | None = None, names: object = None) -> None:
+        """IPython's `pre_run_cell` hook.
+
+        Args:
+          cell: the id of the cell, None where the frontend sends none.
+          names: the notebook's namespace, by which its frames are recognized.
+        """
+        self._names = names
         if not self._depth:
             self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
             self._places, self.body = [], []
@@ -161,9 +169,9 @@ class Journal:
         self.executed.append(self._running._replace(number=number, end=self.runs(), places=places, body=body))
         self._running, self._places, self.body = ExecutedCell(None, "", self.runs()), [], []
 
-    def drew_again(self, run: int, names: object, caller: FrameType) -> None:
+    def drew_again(self, run: int, caller: FrameType) -> None:
         """`drew` of a single run, whose index is known, and the frame that called the command."""
-        frame = calling_frame(names, caller) if self._depth else None
+        frame = calling_frame(self._names, caller) if self._depth else None
         if frame is not None:
             self._places.append(Place(run, frame.f_lineno, frame.f_code.co_name))
 

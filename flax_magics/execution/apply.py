@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import jax
 from msgspec.structs import replace
@@ -24,7 +25,7 @@ from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
-from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..rng.keys import THREEFRY, Draw, DrawBatch, RunKeys
 from ..run import DrawNumber, Note, Run
 from ..state import runs
 from ..state.entry import InitRecipe, LinenEntry, ModelEntry, Origin
@@ -232,30 +233,42 @@ def apply_again(
             return None
         output, updates, sown = plan.parted(running.result, program.trace)
         source = entry.source
-        after: ModelEntry | None = None
+        news: dict[str, Any] = {}
         changed: dict[str, int] = {}
         commit: Commit | None = None
         # Leaves that neither this plan nor the session put there: the user's code changed the variables.
         if inputs.fresh and source is not None:
             source = source.now(variables, entry.update_counts)
             if source is not entry.source:
-                after = replace(entry, source=source)
+                news["source"] = source
         if updates:
             commit = plan.model.commit(updates, program.trace)
             changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
             if changed:
-                after = replace(after or entry, update_counts={**entry.update_counts, **changed})
+                news["update_counts"] = {**entry.update_counts, **changed}
             if entry.variables is not None:
-                after = replace(after or entry, variables={**variables, **updates})
+                news["variables"] = {**variables, **updates}
+        after = replace(entry, **news) if news else None
         origin, leaves, size = last.stored(inputs, call.args, None if state.runs is None else state.runs.last)
-        drawn = draw, started, call.cell, source
         stored: StoredRun
-        stored = repeated = RepeatedRun(last.line, output, origin, leaves, size=size, sown=sown, drawn=drawn)
+        stored = repeated = RepeatedRun(
+            last.line,
+            output,
+            origin,
+            leaves,
+            size=size,
+            sown=sown,
+            drawn=draw,
+            started=started,
+            cell=call.cell,
+            source=source,
+        )
         if changed:
             repeated.changed = changed
         running.look()
         state_after = state.after(stored, draw, after, None)
-        state_after.root.draw(plan.folded)
+        if draw.impl == THREEFRY:  # where another setting has keys made elsewhere, `draw` does not give these
+            state_after.root.on_host(plan.folded)
         try:
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"), last.seconds)
         except Exception:
@@ -264,7 +277,7 @@ def apply_again(
         if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
             return None
         # Nobody has seen them yet.
-        repeated.times = seconds, wait
+        repeated.seconds, repeated.wait = seconds, wait
         memory = last.line.template.memory
         # Of a program's memory figures only the device's peak changes from run to run.
         if memory is not None and memory.peak is not None:

@@ -58,7 +58,7 @@ class Inputs(Struct, frozen=True, eq=False):
     Attributes:
       kwargs: the call's, with those that the mode adds.
       arguments: the traced ones by name; `passed`: weak references to them, as `LastRun` has them.
-      same: they are the very objects of the run before.
+      flat: all of them as leaves, with the structure; None where they are the very objects of the run before.
       leaves: those of the variables; `known`: weak references to them, as `LastRun` has them.
       fresh: those that neither the run before used nor wrote.
       pending: inputs that may still be computed on the device.
@@ -67,7 +67,7 @@ class Inputs(Struct, frozen=True, eq=False):
     kwargs: dict[str, PyTree]
     arguments: dict[str, Leaf]
     passed: list[WeakLeaf]
-    same: bool
+    flat: InputLeaves | None
     variables: Variables
     leaves: list[Leaf]
     known: list[WeakLeaf]
@@ -89,7 +89,7 @@ class LastRun:
       added: keyword arguments that the mode added to the call's.
       variables: structure of the variables, and the signatures of their leaves.
       known, passed: leaves of the variables and of the arguments that the last run left, held weakly.
-      written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
+      written: the leaves that a run writes, as indices among those that it updates and among the variables' leaves.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       seconds: of the last run; it was `brief` where the next is dispatched before `holds` is asked.
@@ -110,7 +110,7 @@ class LastRun:
     variables: tuple[Structure, list[object]]
     known: list[WeakLeaf]
     passed: list[WeakLeaf]
-    written: tuple[int | None, ...]
+    written: tuple[list[int], list[int]]
     parts: LastCall
     numbers: bool
     looked_at: bool
@@ -139,12 +139,13 @@ class LastRun:
             if leaf is None or reference() is not leaf:
                 same = False
                 break
+        flat: InputLeaves | None = None
         if same:  # as in a loop
             arguments = dict(zip(self.flat, args, strict=True))
         elif (traced := self._traced(args, kwargs)) is None:
             return None
         else:
-            arguments, passed = traced
+            arguments, passed, flat = traced
         try:
             variables = entry.held
         except Exception:  # the user has taken an NNX module apart, as `holds` would notice
@@ -154,7 +155,7 @@ class LastRun:
         placement = self.recipe.placement
         if placement is not None:
             arguments = placement.put(arguments, self.recipe.shardings)
-        leaves, treedef = jax.tree_util.default_registry.flatten(variables)
+        leaves, treedef = _flatten(variables)
         if not self.variables[0].fits(treedef):
             return None
         known = self.known
@@ -169,7 +170,7 @@ class LastRun:
                     fresh.append(leaf)
         # Everything else was computed before the last run began.
         pending = (fresh, arguments) if fresh or not same or placement is not None else ()
-        return Inputs(kwargs, arguments, passed, same, variables, leaves, known, fresh, pending)
+        return Inputs(kwargs, arguments, passed, flat, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
         """Whether the program is the one to run: settings and the model's code are as they were.
@@ -214,7 +215,7 @@ class LastRun:
         # Each is read once, since another thread may drop it.
         earlier, passed = (None, None) if before is None else (before.origin, before.inputs)
         if earlier is not None and earlier.how is recipe:
-            if inputs.same and passed is not None and all(map(is_, passed[1], args)):
+            if inputs.flat is None and passed is not None and all(map(is_, passed[1], args)):
                 leaves = passed
             if not recipe.written and all(map(is_, earlier.leaves, inputs.leaves)):
                 origin = earlier
@@ -222,18 +223,22 @@ class LastRun:
         if origin is None:
             origin = Origin(recipe, list(map(owned_copy, inputs.leaves)) if fresh else inputs.leaves)
         if leaves is None:
-            values, treedef = jax.tree_util.tree_flatten((args, inputs.kwargs))
-            leaves = treedef, list(map(owned_copy, values))
-        size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
+            if (flat := inputs.flat) is None:
+                values, treedef = _flatten((args, inputs.kwargs))
+                flat = treedef, values
+            leaves = flat[0], list(map(owned_copy, flat[1]))
+        size = recipe.written + (0 if inputs.flat is None else recipe.inputs) + (recipe.variables if fresh else 0)
         return origin, leaves, size
 
     def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
         """Whether a variable that the run writes holds another value by now than the run had."""
-        leaves, had = jax.tree_util.tree_leaves(entry.held), inputs.leaves
+        places = self.written[1]
+        if not places:
+            return False
+        leaves, had = entry.held_leaves, inputs.leaves
         # `map` keeps this in C: a model may write as many as it has.
-        places = [i for i in self.written if i is not None]
-        at = had.__getitem__
-        return len(leaves) != len(had) or not all(map(is_, map(leaves.__getitem__, places), map(at, places)))
+        at, before = leaves.__getitem__, had.__getitem__
+        return len(leaves) != len(had) or not all(map(is_, map(at, places), map(before, places)))
 
     def wrote(self, inputs: Inputs, updates: Mapping[str, PyTree], seconds: float) -> None:
         """Notes what a run leaves that has become part of the session: what it was given, and what it wrote.
@@ -242,17 +247,18 @@ class LastRun:
         """
         known = inputs.known
         if updates:
-            known = list(known)
-            for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
-                if i is not None:
-                    known[i] = _weakly(leaf)
+            known, (updated, places) = list(known), self.written
+            for i, leaf in zip(places, map(_leaves(updates).__getitem__, updated), strict=True):
+                known[i] = weakref.ref(leaf)
         self.seconds, self.brief, self.passed, self.known = seconds, seconds < BRIEF, inputs.passed, known
 
     def _traced(
         self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
-    ) -> tuple[dict[str, Leaf], list[WeakLeaf]] | None:
-        """The traced leaves by name, and `Inputs.passed`; None where structure, signature or a static value differs."""
-        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+    ) -> tuple[dict[str, Leaf], list[WeakLeaf], InputLeaves] | None:
+        """The traced leaves by name, `Inputs.passed` and `Inputs.flat`; None where structure, signature or a static
+        value differs.
+        """
+        leaves, treedef = _flatten((args, kwargs))
         if not self.structure.fits(treedef):
             return None
         arguments: dict[str, Leaf] = {}
@@ -267,7 +273,14 @@ class LastRun:
             # `True == 1 == 1.0`, but each type has its own program.
             elif type(leaf) is not type(was) or leaf != was:
                 return None
-        return arguments, passed
+        return arguments, passed, (treedef, leaves)
+
+
+_flatten = jax.tree_util.default_registry.flatten
+
+
+def _leaves(tree: PyTree) -> list[Leaf]:
+    return _flatten(tree)[0]  # type: ignore[no-any-return]
 
 
 def _weakly(leaf: Leaf) -> WeakLeaf:
@@ -373,10 +386,12 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     )
 
 
-def _places(variables: Variables, updates: Variables) -> tuple[int | None, ...]:
-    """For each leaf of `updates`, the index of the variables' leaf at the same path; None where there is none."""
+def _places(variables: Variables, updates: Variables) -> tuple[list[int], list[int]]:
+    """Indices of those leaves of `updates` that are leaves of the variables too, and their indices there."""
     paths = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(variables)[0])}
-    return tuple(paths.get(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0])
+    updated = [path for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]]
+    both = [i for i, path in enumerate(updated) if path in paths]
+    return both, [paths[updated[i]] for i in both]
 
 
 class PlanCache:

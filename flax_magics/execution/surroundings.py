@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -48,29 +49,37 @@ def surroundings(frame: FrameType | None = None) -> str | None:
       frame: of the session's method that was called; None for the caller of this function.
     """
     tracing = TRACE if private.is_tracing() else None
-    outside = around(sys._getframe(1) if frame is None else frame)
+    outside = around(caller_of(sys._getframe(1) if frame is None else frame))
     return tracing or outside if outside == CALLBACK else outside or tracing
 
 
-def around(frame: FrameType) -> str | None:
-    """`surroundings` as far as the frames on the stack tell, from `frame` outwards."""
-    # This command's own frames come first; one of the session's further out belongs to another command.
+def caller_of(frame: FrameType) -> FrameType:
+    """The frame that called this package, of which `frame` is one: those of this package in between are one command's."""
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_OWN):
         frame = frame.f_back
+    return frame
+
+
+def around(frame: FrameType) -> str | None:
+    """`surroundings` as far as the frames on the stack tell, from that of the caller of a command outwards."""
     walk: FrameType | None = frame
     tracing: str | None = None
     # A cell's or script's own frame ends the walk: the kernel's frames below, some 50, take as long as a small run.
     while walk is not None and walk.f_code.co_name != "<module>":
         name = walk.f_globals.get("__name__")
-        if name in _COMMANDS:
-            return COMMAND
-        role = private.role_of(name) if isinstance(name, str) else None
-        if role == "callback":
-            return tracing or CALLBACK
-        if role == "trace":
+        role = _role_of(name) if isinstance(name, str) else None
+        if role is not None:
+            if role != "trace":
+                return COMMAND if role == "command" else tracing or CALLBACK
             tracing = TRACE
         walk = walk.f_back
     return tracing
+
+
+@cache
+def _role_of(module: str) -> str | None:
+    """`private.role_of`, or `command` for a module of `_COMMANDS`."""
+    return "command" if module in _COMMANDS else private.role_of(module)
 
 
 _OWN = "flax_magics."

@@ -241,7 +241,8 @@ class NnxModel:
 
     def cache_key(self) -> tuple[object, ...] | None:
         """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, `rngs`."""
-        code, layout = self.code(), self.layout
+        layout = self.layout
+        code = layout.fingerprint.digest()
         if code is None:
             return None
         return code, layout.graphdef, layout.numbers, layout.streams(), self.mode, self.gives_rngs

@@ -131,7 +131,9 @@ def commit(layout: Layout, passed: Passed, updates: Variables, structure: Rebuil
     """The writes that bring a run's `updates` into the module's own objects and into the `passed` variables."""
     ours = (STRUCTURE, ARGUMENTS, CONVERTED)
     changed = [name for name in updates if name not in ours and name not in layout.random]
-    moved: list[Assignment] = [assignment(passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()]
+    moved: list[Assignment] = []
+    if ARGUMENTS in updates:
+        moved = [assignment(passed[int(i)], value) for i, value in updates[ARGUMENTS].items()]
     if structure is None:
         converted = layout.assignments(updates[CONVERTED]) if CONVERTED in updates else ()
         assignments = (*layout.assignments(updates), *converted, *moved)

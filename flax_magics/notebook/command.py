@@ -29,11 +29,12 @@ from ..line.call import (
 from ..line.commands import FLAX_APPLY
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .notebook import BACK, BriefCommand, KnownLine, ModelCall, Notebook
+from .notebook import BACK, BriefCommand, KnownLine, ModelCall, Notebook, existing
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
+    from .._session import Session
     from ..execution.call import Call
     from ..line.expression import Expression
     from ..run import DrawNumber, Note, Run
@@ -50,12 +51,12 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         @wraps(function)
         def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook: Notebook = self.notebook
-            options, journal, ended = NO_OPTIONS, notebook.journal, False
-            runs_before, replacements = journal.runs(), -1
+            options, journal, ended, session = NO_OPTIONS, notebook.journal, False, existing()
+            runs_before, replacements = 0 if session is None else len(session), -1
             try:
                 if cell is None and spec is FLAX_APPLY and (known := notebook.known_lines.get(line)) is not None:
                     names = notebook.shell.user_ns if local_ns is None else local_ns
-                    value = run_again(notebook, line, known, names)
+                    value = MISSED if session is None else run_again(notebook, session, line, known, names)
                     if value is not MISSED:
                         ended = True
                         return value
@@ -110,7 +111,7 @@ MISSED = object()
 """Returned by `run_again` where the line has to be read and run as if it were new."""
 
 
-def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace) -> Any:
+def run_again(notebook: Notebook, session: Session, line: str, known: KnownLine, names: Namespace) -> Any:
     """Runs a line that ran before: what was read of it, its plan and its program are found, and nothing is said anew.
 
     Gives what the line gives, or `MISSED`, with nothing changed.
@@ -125,8 +126,7 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
-    working, caller = BriefCommand(notebook, f"running {name}"), sys._getframe(2)  # whoever called the magic
-    session = working.session
+    working, caller = BriefCommand(notebook, session, f"running {name}"), sys._getframe(2)  # whoever called the magic
     with working:
         outcome = session.run_again(name, call, options, module, caller)
     if outcome is None:
@@ -135,11 +135,11 @@ def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace)
     if out is not None:
         user_ns[out] = outcome.run
     if not quiet or outcome.stored.notes:
-        notebook.reporter.report_again(outcome, working.live, quiet=quiet)
+        notebook.reporter.report_again(outcome, lambda: working.live, quiet=quiet)
     else:
         notebook.reporter.put_off(outcome)
-        working.clear()
-    notebook.journal.drew_again(outcome.runs - 1, notebook.shell.user_global_ns, caller)
+    working.clear()
+    notebook.journal.drew_again(outcome.runs - 1, caller)
     if session.autosaving is not None:
         notebook.tell_of_autosave()
     return None if ";" in line and displayed_quietly(notebook.shell, line) else outcome.output

@@ -68,9 +68,8 @@ class BriefCommand:
     It has a live line only once it names a phase, since until then it takes microseconds.
     """
 
-    def __init__(self, notebook: Notebook, what: str) -> None:
-        self._notebook, self._what, self._guarded = notebook, what, False
-        self.session = notebook.session
+    def __init__(self, notebook: Notebook, session: Session, what: str) -> None:
+        self._notebook, self._session, self._what, self._guarded = notebook, session, what, False
         self._live: Live | None = None
 
     @property
@@ -82,7 +81,7 @@ class BriefCommand:
         return self._live
 
     def __enter__(self) -> object:
-        self.session.services.on_phase = self._doing
+        self._session.services.on_phase = self._doing
         self._guarded = self._notebook.interrupts.begin()
         return self._live
 
@@ -127,15 +126,15 @@ class CommandInProgress(BriefCommand):
     """
 
     def __init__(self, notebook: Notebook, what: str, *, quiet: bool, out: str | None = None) -> None:
-        super().__init__(notebook, what)
+        super().__init__(notebook, notebook.session, what)
         self._quiet, self._out = quiet, out
         # The numbers of the last run, if that was a training: a failed command that leaves others has trained.
-        self._curve_before = self.session.last_curve
+        self._curve_before = self._session.last_curve
 
     def __enter__(self) -> Live:
         live = self.live
         live.begin(self._what)
-        self.session.services.on_progress = self._progressed
+        self._session.services.on_progress = self._progressed
         super().__enter__()  # last, since an interrupt is heard in what is called after it, and would leave this halfway
         return live
 
@@ -144,10 +143,10 @@ class CommandInProgress(BriefCommand):
             self.live.progress = partial(self._notebook.reporter.progress, run)
 
     def _show_finished_steps(self) -> int:
-        curve = self.session.last_curve
+        curve = self._session.last_curve
         if curve is None or curve is self._curve_before:
             return super()._show_finished_steps()
-        (run,) = self.session.last(1)
+        (run,) = self._session.last(1)
         # `name = %flax_train …` binds nothing where the line fails.
         where = "flax_magics.session().runs[-1]" if self._out is None else self._out
         if self._out is not None:
@@ -216,7 +215,7 @@ class Notebook:
         self._cell = None
         self._cell = self.number
         self.fit_terminal()
-        self.journal.begin(info, _cell_id(info, self.shell))
+        self.journal.begin(info, _cell_id(info, self.shell), self.shell.user_global_ns)
         self.reporter.begin_cell()
         library.new_cell()
 

@@ -161,23 +161,26 @@ class Reporter:
 
             publish(self._shell, bundle)
 
-    def report_again(self, outcome: Outcome, live: Live, *, quiet: bool) -> None:
-        """`report` of a run of a line that ran before, and that has something to show."""
+    def report_again(self, outcome: Outcome, live: Callable[[], Live], *, quiet: bool) -> None:
+        """`report` of a run of a line that ran before, and that has something to show.
+
+        Args:
+          live: makes the command's live line, if there is none; it is the caller's to clear.
+        """
         repeated, counted, loop = outcome.repeated, self._counted, self._loop
         if not self._speaks():
             self.put_off(outcome)
         elif quiet or repeated is None or counted is None or loop is None or not repeated.is_like(counted):
-            is_counted = self.report(outcome.run, live, quiet=quiet)
+            is_counted = self.report(outcome.run, live(), quiet=quiet)
             self._counted = repeated if is_counted else None
         elif self._rows is None:  # on a terminal
-            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            loop.add_again(repeated.draw, repeated.seconds, repeated.changed)
             self.put_off(outcome)
         else:
-            loop.add_again(repeated.draw, repeated.times[0], repeated.changed)
+            loop.add_again(repeated.draw, repeated.seconds, repeated.changed)
             repeated.keep(outcome.copy)
             self._rows.add_again(partial(repeated.recorded, outcome.copy))
-            self._refresh(loop, live)
-        live.clear()
+            self._refresh(loop)
 
     def report(self, run: Run, live: Live, *, quiet: bool) -> bool:
         """Shows a run in place of its live line, as long as its news; with `quiet` only notes that were not shown.
@@ -257,13 +260,13 @@ class Reporter:
             return
         self._rows = self._rows or Rows()
         self._rows.add(run)  # takes its digest, while the output is there
-        self._refresh(loop, live)
-
-    def _refresh(self, loop: Loop, live: Live) -> None:
-        """Shows the counting line, unless it was shown just now."""
-        self._pending = True
         if self._display_id is None:
             self._display_id = live.give_display()
+        self._refresh(loop)
+
+    def _refresh(self, loop: Loop) -> None:
+        """Shows the counting line in its display, unless it was shown just now."""
+        self._pending = True
         # Updating at every run would cost a fast loop more than the runs do.
         if time.monotonic() - self._shown > REFRESH:
             # What a slow run was doing stands until the next one tells: a line that came and went would flicker.

@@ -248,6 +248,10 @@ def line_magic_transformer(lines: list[str]) -> list[str]:
     """
     if not any("%flax" in line for line in lines):
         return lines
+    # To tell whether a cell is complete, IPython looks for open brackets in Python: in a string it would find none.
+    asked = sys._getframe(1).f_code.co_name == "check_complete"
+    if len(lines) == 1 and not asked:
+        return lines
     # A comment or `#@title` line may stand above the magic.
     first = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
     if lines[first].startswith("%%flax"):
@@ -257,8 +261,6 @@ def line_magic_transformer(lines: list[str]) -> list[str]:
     # Other cell magics have a body of their own language.
     if lines[first].startswith("%%"):
         return lines
-    # To tell whether a cell is complete, IPython looks for open brackets in Python: in a string it would find none.
-    asked = sys._getframe(1).f_code.co_name == "check_complete"
     return _line_magics("".join(lines), asked).splitlines(keepends=True)
 
 

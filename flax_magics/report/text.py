@@ -268,7 +268,8 @@ class Loop(Struct):
         low, high = self.draws
         self.draws = min(low, draw), max(high, draw)
         self.runs["run"] += 1
-        self.changed.update(changed)
+        if changed:
+            self.changed.update(changed)
 
     def line(self, working: str = "") -> Notice:
         """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`.

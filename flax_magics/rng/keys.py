@@ -72,15 +72,16 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """None: keys have no leading axis, in contrast to those of a `DrawBatch`."""
 
     @cached_property
-    def _split(self) -> list[bytes]:
+    def _split(self) -> bytes:
+        """Key data of the three keys of the split, one after the other."""
         if is_on_host(self.impl):
-            return threefry(self.root, (0, 1, 2))
-        return [key.tobytes() for key in np.asarray(_on_data(_in_three, self.impl)(_words(self.root)))]
+            return b"".join(threefry(self.root, (0, 1, 2)))
+        return np.asarray(_on_data(_in_three, self.impl)(_words(self.root))).tobytes()
 
     @property
     def next_root(self) -> bytes:
         """Key data of the root for the next draw: the first of the three keys of the split."""
-        return self._split[0]
+        return self._split[: len(self.root)]
 
     @property
     def first(self) -> Draw:
@@ -118,7 +119,9 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     def data(self, name: str, *, taken: bool = False) -> bytes:
         """The key data of stream `name` as bytes; for threefry no device array is made."""
         if name in SPLIT and not taken:
-            return self._split[1 + SPLIT.index(name)]
+            size = len(self.root)
+            begin = size * (1 + SPLIT.index(name))
+            return self._split[begin : begin + size]
         if name not in self._folded:
             tag = stream_tag(name)
             if is_on_host(self.impl):
@@ -271,13 +274,24 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """
         if not is_on_host(self.impl):
             return Draw(self.seed, self.draws + 1, self.data, self.impl)
-        held = self.__dict__
-        draw: Draw | None = held.get("_draw")
-        if draw is None:
-            draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
-            data = splits.of(self.data, tuple(map(stream_tag, folded)))
-            draw.__dict__.update(_split=data[:3], _folded=dict(zip(folded, data[3:], strict=True)))
-            held["_draw"] = draw
+        draw: Draw | None = self.__dict__.get("_on_host")
+        return self.on_host(folded) if draw is None else draw
+
+    def on_host(self, folded: Sequence[str] = ()) -> Draw:
+        """The next draw with keys worked out on the host, which `draw` gives as well while that is where they are made.
+
+        Only for threefry.
+        """
+        root = self.data
+        draw = Draw(self.seed, self.draws + 1, root, self.impl)
+        keys = draw.__dict__
+        if folded:
+            data = splits.of(root, tuple(map(stream_tag, folded)))
+            keys["_split"] = data[:24]
+            keys["_folded"] = {name: data[24 + 8 * i : 32 + 8 * i] for i, name in enumerate(folded)}
+        else:
+            keys["_split"] = splits.of(root)
+        self.__dict__["_on_host"] = draw
         return draw
 
     def after(self, draw: Draw) -> RootKey:
@@ -393,20 +407,25 @@ class Splits:
         # Root and tag with which the program was dispatched last, and its result, until that is read.
         self._begun: tuple[bytes, int, Any] | None = None
 
-    def of(self, root: bytes, tags: tuple[int, ...] = ()) -> list[bytes]:
-        """Key data of the three keys that `root` splits into, then of the streams with these tags; see `is_on_host`."""
+    def of(self, root: bytes, tags: tuple[int, ...] = ()) -> bytes:
+        """Key data of the three keys that `root` splits into, then of the streams with these tags, one after the other.
+
+        See `is_on_host`.
+        """
+        known, ahead = self._ahead
+        data = ahead.get(root)
+        if data is not None and not tags:
+            return data[:24]
         if self._program is not None and len(tags) < 2:
-            known, ahead = self._ahead
             tag = tags[0] if tags else known
-            data = ahead.get(root) if tag == known else None
-            if data is None:
+            if data is None or tag != known:
                 data = self._work_out(root, tag)
             if data is not None:
-                return [data[i : i + 8] for i in range(0, 24 + 8 * len(tags), 8)]
+                return data[: 24 + 8 * len(tags)]
         self._asked += 1
         if self._asked == PATIENCE:
             Workers(1).submit(self.prepare)
-        return threefry(root, (0, 1, 2, *tags))
+        return b"".join(threefry(root, (0, 1, 2, *tags)))
 
     def prepare(self) -> None:
         """Compiles the program, for a CPU, whatever else the session runs on."""

@@ -89,6 +89,11 @@ class AnyEntry(Struct, frozen=True):
         """The variables by collection as they are now; of an NNX module neither random streams nor sown values."""
         return self.model.own_variables(self.variables)
 
+    @property
+    def held_leaves(self) -> list[Leaf]:
+        """The leaves of `held`."""
+        return jax.tree_util.tree_leaves(self.held)
+
     def collections(self) -> Collections | None:
         """The variables by collection, random streams of an NNX module left out."""
         return self.model.collections(self.variables)
@@ -217,6 +222,11 @@ class NnxEntry(AnyEntry, frozen=True):
     def built_by_user(self) -> bool:
         """Whether only the user's own code, which built the module, can make its variables anew."""
         return self.built is None
+
+    @property
+    def held_leaves(self) -> list[Leaf]:
+        """The leaves of `held`."""
+        return self.model.layout.leaves()
 
     def registered(self) -> Self:
         """The entry with what is found out of a module when it is registered."""

@@ -32,8 +32,10 @@ from .weights import WeightSource
 
 Inputs: TypeAlias = tuple[jax.tree_util.PyTreeDef, list[Leaf]]
 """A run's positional and keyword arguments as a pytree: treedef and leaves."""
-_Weak: TypeAlias = tuple[jax.tree_util.PyTreeDef | None, list[Callable[[], Leaf]]]
-"""A pytree held weakly: its treedef (None: it is one array), and for each leaf a function that returns it or None."""
+_Reference: TypeAlias = Callable[[], Leaf]
+"""Returns a leaf that is held weakly, or None."""
+_Weak: TypeAlias = _Reference | tuple[jax.tree_util.PyTreeDef, list[_Reference]]
+"""A pytree held weakly: the reference to its one array, or its treedef with a reference for each leaf."""
 
 
 _making = threading.RLock()
@@ -162,14 +164,19 @@ class RepeatedRun(StoredRun):
 
     Args:
       line: what it shares with the other runs of its line, whose inputs and variables `origin` and `inputs` may be.
-      draw: the draw that it took, `started` and `cell` as in Run, and `source` that of its variables.
+      drawn: the draw that it took.
+      started, cell: as in Run.
+      source: that of its variables.
 
     Attributes:
-      times: seconds of the run, and of the wait for its inputs.
+      seconds, wait: of the run, and of the wait for its inputs.
       changed, memory: as in Run.
     """
 
-    __slots__ = ("_copy", "_drawn", "_line", "changed", "memory", "times")
+    # No tuple, since the garbage collector would look through it as often as through the run itself.
+    __slots__ = (
+        "_cell", "_copy", "_drawn", "_line", "_source", "_started", "_taken", "changed", "memory", "seconds", "wait",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -180,19 +187,24 @@ class RepeatedRun(StoredRun):
         *,
         size: int,
         sown: Mapping[str, PyTree],
-        drawn: tuple[Draw, float, int | None, WeightSource | None],
+        drawn: Draw,
+        started: float,
+        cell: int | None,
+        source: WeightSource | None,
     ) -> None:
         self._line = line
         # The Draw itself: under other settings of JAX it would work out other keys than the run had.
         self._drawn = drawn
+        self._started, self._cell, self._source = started, cell, source
         self._facts, self._shapes, self._weak = None, None, None
         self._copy: bytes | None = None
+        self._taken: OutputFacts | None = None
         self._run = _gone
         self._output = _weakly(output)
         self._sown = _weakly(dict(sown)) if sown else None
         self.replays, self.size = (0, False), size
         self.origin, self.inputs, self.record = origin, inputs, line.record
-        self.times: tuple[float, float] = (0.0, 0.0)
+        self.seconds = self.wait = 0.0
         self.changed: Mapping[str, int] = _UNCHANGED
         self.memory: Memory | None = line.template.memory
 
@@ -208,41 +220,46 @@ class RepeatedRun(StoredRun):
         """The Run without its arrays."""
         with _making:
             if self._facts is None:
-                self._facts = self._made_facts()
+                self._facts = self._made()
             return self._facts
 
-    def _made_facts(self) -> Run:
-        draw, started, cell, source = self._drawn
-        seconds, wait = self.times
-        facts = OutputFacts(shape=self._line.shape)
-        if self._copy is not None:
-            facts.copy = self._read(self._copy)
-            self._copy = None  # which goes once the facts are read
+    def _made(self, **arrays: PyTree) -> Run:
+        """The Run without its arrays, but for these. What is taken of its output is the same object in all of them."""
+        draw, source = self._drawn, self._source
+        if self._taken is None:
+            self._taken = OutputFacts(shape=self._line.shape)
+            if self._copy is not None:
+                self._taken.copy = self._read(self._copy)
+                self._copy = None  # which goes once the facts are read
         return replace(
             self._line.template,
             seed=draw.seed,
             draw=draw.number,
             keys=RunKeys(draw, self._line.key_names),
-            started=started,
-            cell=cell,
+            started=self._started,
+            cell=self._cell,
             weights="" if source is None else source.describe(draw.seed),
-            timing=Timing(run=seconds, wait=wait),
-            _taken=facts,
+            timing=Timing(run=self.seconds, wait=self.wait),
+            _taken=self._taken,
             changed=self.changed,
             memory=self.memory,
+            **arrays,
         )
 
     @property
     def draw(self) -> int:
         """`Run.draw`."""
-        return self._drawn[0].number
+        return self._drawn.number
 
     def is_like(self, other: RepeatedRun) -> bool:
         """Whether it differs from the other in draw, time, inputs and output alone, and the output is small."""
-        (draw, _, cell, source), (other_draw, _, other_cell, other_source) = self._drawn, other._drawn
-        same = self._line is other._line and source is other_source
-        same = same and (draw.seed, cell) == (other_draw.seed, other_cell)
-        return same and self._line.small is not None
+        return (
+            self._line is other._line
+            and self._line.small is not None
+            and self._source is other._source
+            and self._cell == other._cell
+            and self._drawn.seed == other._drawn.seed
+        )
 
     def recorded(self, copy: bytes, like: Mapping[str, object], keeps: bool) -> dict[str, object]:
         """`run.recorded` of this run.
@@ -253,8 +270,8 @@ class RepeatedRun(StoredRun):
           keeps: the copy stays for what else is asked of it; else that is taken now, as of a large output.
         """
         output = self._read(copy)
-        keys = all_words(RunKeys(self._drawn[0], self._line.key_names))
-        news = {"draw": self.draw, "started": self._drawn[1], "keys": keys, "digest": digest_of(output)}
+        keys = all_words(RunKeys(self._drawn, self._line.key_names))
+        news = {"draw": self.draw, "started": self._started, "keys": keys, "digest": digest_of(output)}
         if not keeps:
             self.facts._taken.read()
         return {**like, **news, **sample_of(output)}
@@ -264,17 +281,17 @@ class RepeatedRun(StoredRun):
         with _making:
             run = self._run()
             if run is None:
-                run = replace(self.facts, output=output, inputs=inputs, sown=sown)
+                run = self._made(output=output, inputs=inputs, sown=sown)
                 self._run = weakref.ref(run)
             return run
 
     def keep(self, copy: bytes) -> None:
         """Keeps the bytes of a small output, of which the digest is taken when somebody asks."""
         with _making:
-            if self._facts is None:
+            if self._taken is None:
                 self._copy = copy
-            else:  # somebody has read them already, such as another thread that saves
-                self._facts._taken.keep(self._read(copy))
+            else:  # somebody has read the run already, such as another thread that saves
+                self._taken.keep(self._read(copy))
 
     def _read(self, copy: bytes) -> HostArray:
         assert self._line.small is not None
@@ -298,22 +315,21 @@ def describe_inputs(inputs: PyTree) -> str:
 
 
 def _weakly(tree: PyTree) -> _Weak:
-    if isinstance(tree, jax.Array):  # the usual output: no treedef to keep
-        return None, [weakref.ref(tree)]
+    if isinstance(tree, jax.Array):  # the usual output
+        return weakref.ref(tree)
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     return treedef, list(map(_reference, leaves))
 
 
 def _held(weak: _Weak) -> PyTree:
     """The pytree, `RELEASED` if one of its arrays is gone, donated or deleted."""
-    treedef, references = weak
-    leaves = [reference() for reference in references]
+    leaves = [reference() for reference in (weak[1] if isinstance(weak, tuple) else [weak])]
     if any(leaf is None for leaf in leaves) or is_gone(leaves):
         return RELEASED
-    return leaves[0] if treedef is None else jax.tree_util.tree_unflatten(treedef, leaves)
+    return jax.tree_util.tree_unflatten(weak[0], leaves) if isinstance(weak, tuple) else leaves[0]
 
 
-def _reference(leaf: Leaf) -> Callable[[], Leaf]:
+def _reference(leaf: Leaf) -> _Reference:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         with contextlib.suppress(TypeError):  # a NumPy scalar takes no weak reference, and has only a few bytes
             return weakref.ref(leaf)

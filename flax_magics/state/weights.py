@@ -452,13 +452,14 @@ def _trees(names: Mapping[str, object], only: Iterable[str] | None = None) -> It
     Args:
       only: the expressions to look at, None for all.
     """
-    for name in list(names) if only is None else dict.fromkeys(one.partition(".")[0] for one in only):
+    named = list(names) if only is None else dict.fromkeys(one.partition(".")[0] for one in only)
+    # Names such as `_` and `_i3` are IPython's own: most of the names in a long notebook.
+    for name in [name for name in named if name[:1] != "_"]:
         value = names.get(name)
-        if name.startswith("_"):
-            # Names such as `_` and `_3` are IPython's own, for earlier outputs.
-            continue
-        if not isinstance(value, Mapping) and "params" in getattr(type(value), "__dataclass_fields__", ()):
+        is_tree = isinstance(value, Mapping)
+        if not is_tree and "params" in getattr(type(value), "__dataclass_fields__", ()):
             # Only a dataclass field is read: a property would run the user's code.
             name, value = f"{name}.params", getattr(value, "params", None)
-        if isinstance(value, Mapping) and (only is None or name in only):
-            yield name, value
+            is_tree = isinstance(value, Mapping)
+        if is_tree and (only is None or name in only):
+            yield name, value  # type: ignore[misc]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,6 +17,7 @@ from nnx_kinds import an_input, runs_as_by_hand
 
 from flax_magics import FlaxMagicsError
 from flax_magics.models.construction import Construction
+from flax_magics.models.nnx_layout import Layout
 from flax_magics.state.handles import entry_now
 
 
@@ -30,6 +33,19 @@ class Net(nnx.Module):
 
     def embed(self, x: Any, scale: Any = 1.0) -> Any:
         return self.first(x) * scale
+
+
+@pytest.mark.parametrize("more", [{}, {"bare": jnp.ones(2)}, {"pair": nnx.Param((jnp.ones(2), jnp.zeros(3)))}])
+def test_leaves_are_those_of_the_dicts_of_variables_in_their_order(more):
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(*(nnx.Linear(2, 2, rngs=rngs) for _ in range(11)), nnx.BatchNorm(2, rngs=rngs))
+    net.after, net.again, net.dropout = nnx.Param(jnp.ones(1)), nnx.Cache(jnp.ones(1)), nnx.Dropout(0.5, rngs=rngs)
+    for name, value in more.items():
+        setattr(net, name, value)
+    layout = Layout.of(net)
+    leaves = jax.tree_util.tree_leaves(layout.given())
+    assert len(leaves) == 22 + 4 + 2 + len(jax.tree_util.tree_leaves(more))
+    assert all(map(is_, layout.leaves(), leaves))
 
 
 @pytest.mark.parametrize("streams", [{"default": 0}, {"params": 0, "dropout": 1}])
