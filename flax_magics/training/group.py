@@ -63,22 +63,23 @@ class Groups:
         self.decided, self._misses = self._most == 1, 0
         self._spent: list[float] = []
 
-    def count(self, step: int, total: int | None, spent: float) -> None:
+    def count(self, step: int, total: int | None, spent: float, room: int) -> None:
         """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it.
 
         Args:
           spent: seconds in all steps so far.
+          room: how many states there is memory for.
         """
         if self.decided or self._built is not None or total is None:
             return
         self._spent.append(spent)
         if self.asked > 1:
-            self._begin(self.asked)
+            self._begin(self.asked)  # as it was measured in an earlier training
         elif len(self._spent) > MEASURED:
             seconds = max(float(np.median(np.diff(self._spent))), 1e-5)
             # The device idles while the group is traced, and the trial takes the time of some groups.
             worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
-            size = self._fitting(int(LONG / seconds))
+            size = self._fitting(min(room, int(LONG / seconds)))
             if seconds > SHORT or not worth or size < 2:
                 self.decided = True
             else:

@@ -134,6 +134,8 @@ class StepPrograms:
             known = (self.name, self._code[0]), executable, compiling.digest, self.step.takes_loss
             keep(programs.by_step, key, known, KEPT)
         program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
+        # The arrays are the loop's: held here, they would take the place of a whole state to the end.
+        self._state = shapes_of(self._state)
         return program, origin, timing
 
     def _key(self, batch: Batch) -> Hashable | None:
@@ -214,10 +216,23 @@ def _like(state: TrainState, before: TrainState) -> TrainState:
     """The state of a step laid out as that before it: XLA is free to cut what it gives, and the next step takes it."""
 
     def constrain(leaf: Leaf, was: Leaf) -> Leaf:
-        return jax.lax.with_sharding_constraint(leaf, was.sharding) if isinstance(was, jax.Array) else leaf
+        sharding = getattr(was, "sharding", None)
+        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
     laid_out: TrainState = jax.tree_util.tree_map(constrain, state, before)
     return laid_out
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """A tree of arrays as shapes by which the same program is traced and found."""
+
+    def shape(leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        shape, dtype, weak, sharding = signature_of(leaf)
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=sharding)
+
+    return jax.tree_util.tree_map(shape, tree)
 
 
 def _numbers(first: int, batch: Batch) -> Any:

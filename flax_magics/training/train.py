@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from typing import cast
 
 import jax
@@ -41,7 +42,7 @@ from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
 from .mistakes import mistakes_told, without_net
 from .options import completed, data_text, position_of, resumed_of, task_of
-from .programs import StepPrograms
+from .programs import StepPrograms, shapes_of
 from .record import Progress, TrainingRecord
 from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
 from .step import Step
@@ -176,6 +177,7 @@ class Trainer:
         services, bound = self.services, self.request.bound
         self.loss = cast("Loss", bound.model)
         variables = held_variables(self.request)
+        self.initialises = variables is None
         if variables is None:
             with self.timed("init"):
                 variables = self._initialise()
@@ -186,9 +188,9 @@ class Trainer:
             try:
                 self.traced: TracedCall[None] = trace_call(request)
             except MissingVariables as error:  # a method needs some that the first init did not make
-                variables = with_added(self.request, variables, error)
+                self.initialises, variables = False, with_added(self.request, variables, error)
                 self.traced = trace_call(replace(request, variables=variables.values))
-        self.variables = variables
+        self.variables, self.made = variables, tuple(notes.of_params(variables.values) if variables.made else ())
         options, optimizer = self.options, self.options.optimizer
         assert optimizer is not None
         arguments = self.traced.request.arguments
@@ -203,6 +205,8 @@ class Trainer:
         )
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
+        if self.initialises:
+            self._forget_first()
         trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
@@ -230,14 +234,14 @@ class Trainer:
             message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
             longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
             raise FlaxMagicsError(message, **written(longer))
-        taken = variables.taken
-        self.taken = taken
-        keys = {name: self.draw.words(name, taken=taken and name == "params") for name in self.traced.needs.streams}
+        self.taken = self.variables.taken
+        taken = {name: self.taken and name == "params" for name in self.traced.needs.streams}
+        keys = {name: self.draw.words(name, taken=taken[name]) for name in taken}
         self.keys = dict(sorted(keys.items()))
         self.look = Look(
             self.request,
             self.draw,
-            variables.entry,
+            self.variables.entry,
             text=options.eval_text,
             data=options.eval,
             batch=options.batch,
@@ -249,18 +253,18 @@ class Trainer:
         self.programs = StepPrograms(
             self.traced.request, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
-        resumed, earlier = self.resumed, self.ready.entry.training
+        programs, resumed, earlier = self.programs, self.resumed, self.ready.entry.training
         same = earlier is not None and (earlier.call, earlier.batch) == (self.call.text, options.batch)
         self.loop = TrainingLoop(
-            self.programs.of,
+            programs.of,
             beginning,
             self.data,
             schedule,
             curve=Curve() if resumed is None else replace(resumed.curve, stopped=""),
             groups=Groups(
                 self.data,
-                self.programs.begin,
-                lambda: self.programs.timing.building,
+                programs.begin,
+                lambda: programs.timing.building,  # no cycle by way of this object: it would keep the last state
                 earlier.group if earlier is not None and (same or resumed is not None) else 1,
             ),
             unfinished=services.programs.unfinished,
@@ -278,6 +282,15 @@ class Trainer:
         entry = entry.with_variables(values, source, replace(record, method=self.ready.loss.function))
         text = source.describe(self.draw.seed)
         return placed(request, RunVariables(entry, values, made_of(values), 0.0, text, taken=True))
+
+    def _forget_first(self) -> None:
+        """Puts shapes in the place of the first variables, which the draw makes again: they are the loop's alone."""
+        request, variables = self.traced.request, self.variables
+        self.traced = replace(self.traced, request=replace(request, variables=shapes_of(request.variables)))
+        # What no step is given stays as it is.
+        others = {name: tree for name, tree in variables.values.items() if name not in request.variables}
+        entry = replace(variables.entry.linen, variables=others)
+        self.variables = replace(variables, entry=entry, values=shapes_of(variables.values))
 
     def _notes(self) -> tuple[Note, ...]:
         """The sharp bits that are known before the first step."""
@@ -307,7 +320,7 @@ class Trainer:
             remarks += (Note("resume", change) for change in self.record.changes)
         remarks += notes_of_last(self.data, self.options.batch, self.request.placement)
         if self.variables.made is not None:
-            remarks += notes.of_params(self.variables.values)
+            remarks += self.made
         elif entry.outdated:
             remarks.append(notes.outdated_own(self.name) if entry.built_by_user else notes.OUTDATED)
         return tuple(remarks)
@@ -347,7 +360,7 @@ class Trainer:
                         if isinstance(error, NotFinite):
                             raise
                 if isinstance(error, NotFinite):
-                    write = None if self._replaced() is None else PREVIOUS.format(self.name)
+                    write = None if self.replaced is None else PREVIOUS.format(self.name)
                     raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed(), write=write) from None
                 raise
             return self._finish()
@@ -386,7 +399,7 @@ class Trainer:
         if self._has_exploded:
             grown = f"the loss was {losses[0]:.4g} in the first step and {losses[-1]:.4g} in the last"
             hint = f"{grown}: the rate may be too high for steps that nothing clips\n{hint}"
-        if self._replaced() is not None:
+        if self.replaced is not None:
             hint += "\nthe weights from before it are kept, and come back by the line below"
         return hint
 
@@ -395,18 +408,26 @@ class Trainer:
         losses = self.loop.numbers.losses
         return bool(len(losses) and losses[-1] > EXPLODED * abs(losses[0]) > 0)
 
-    def _replaced(self) -> Replaced | None:
-        """The weights from before a training whose loss has grown until it was not finite; None for any other."""
+    @cached_property
+    def replaced(self) -> Replaced | None:
+        """The weights from before a training whose loss has grown until it was not finite; None for any other.
+
+        Asked for at its end alone.
+        """
         if self.loop.failed is None or not (self._has_exploded or np.isinf(self.loop.failed[1])):
             return None
-        before, values = self.variables.entry, unfreeze(dict(self.traced.request.variables))
+        before, first = self.variables.entry, self.traced.request.variables
+        if self.initialises:
+            made = self._initialise().values
+            first = {name: made[name] for name in first}
+        values = unfreeze(dict(first))
         replaced = Replaced(self.loss.as_users(values), before.source or WeightSource(""), before.update_counts)
         return replaced if replaced.size <= self.limit else None
 
     def _on_step(self) -> None:
         """Commits what is finished, and shows it, unless that was done just now."""
         now = time.perf_counter()
-        if now - self._committed < OFTEN:
+        if now - self._committed < OFTEN and not self.loop.is_large:  # what was committed before is an earlier state
             return
         self._committed = now
         run = self._commit(final=False)
@@ -457,7 +478,7 @@ class Trainer:
             timing=timing,
             final=final,
             mesh=self._mesh(final=final),
-            replaced=self._replaced() if final else None,
+            replaced=self.replaced if final else None,
         )
         self._has_committed = True
         self.commit(progress)

@@ -112,7 +112,7 @@ def goes_on_in_groups(session: Any, monkeypatch: pytest.MonkeyPatch, size: int) 
 def test_no_group_is_built_that_no_epoch_has_room_for(size, built):
     sizes: list[int] = []
     groups = Groups(ArrayData("data", DATA, 8), lambda batch: sizes.append(batch.steps), lambda: 0.0, size)
-    groups.count(1, 100, 0.0)
+    groups.count(1, 100, 0.0, 100)
     assert sizes == built
 
 
@@ -220,7 +220,7 @@ def test_a_group_that_is_not_finite_ends_at_that_step(monkeypatch, stacked):
 )
 def test_a_group_lies_on_the_grid_of_its_epoch(batch, step, until, begins):
     groups = Groups(ArrayData("data", DATA, batch), lambda batch: lambda: None, lambda: 0.0, 3)
-    groups.count(1, 100, 0.0)
+    groups.count(1, 100, 0.0, 100)
     assert groups.begins_at(step, until) is begins
 
 
@@ -236,7 +236,7 @@ def test_a_group_with_other_bits_is_not_used(monkeypatch):
 
     for wrong in (False, True):
         groups = Groups(data, lambda batch: lambda: program, lambda: 0.0, 2)
-        groups.count(1, 100, 0.0)
+        groups.count(1, 100, 0.0, 100)
         assert groups.to_try(2, None)
         done = groups.attempt(jax.numpy.zeros(3), 2, data.take(2, 2), lambda batch: program)
         assert [(int(result.loss), batch.steps) for result, batch in done] == [(2, 1), (3, 1)]
