@@ -13,13 +13,12 @@ import numpy as np
 from flax.core import unfreeze
 from msgspec.structs import replace
 
-from ..base.curve import ROW_ORDER, Curve
-from ..base.measures import MeshUse, Timing
+from ..base.measures import ROW_ORDER, Curve, MeshUse, Timing
 from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
-from ..compile.placement import DATA, Placement, in_force, put
+from ..compile.placement import in_force, put
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
@@ -31,22 +30,17 @@ from ..state.entry import ModelEntry, Replaced
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import PREVIOUS, WeightSource
-from . import by_hand, layers
 from . import data as training_data
+from . import diagnosis, record, resumption
 from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, of_freeze
-from .group import Groups
-from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
-from .mistakes import mistakes_told, without_net
-from .options import completed, data_text, position_of, resumed_of, task_of
-from .programs import StepPrograms, shapes_of
-from .record import Progress, TrainingRecord
-from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
+from .mistakes import mistakes_told, notes_of_last, without_net
+from .programs import Groups, StepPrograms, Together, shapes_of
+from .record import Look, Progress, TrainingRecord
 from .step import Step
-from .together import Together
 
 STILL = 50
 """After so many steps of the same loss something is wrong."""
@@ -83,16 +77,16 @@ def train_model(
       FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
     """
     line = f"{call.command} {call.text}"
-    resumed = resumed_of(entry, call) if options.resume else None
-    options = completed(entry, options, resumed, line)
+    resumed = resumption.resumed_of(entry, call) if options.resume else None
+    options = resumption.completed(entry, options, resumed, line)
     if not call.args:
         message = f"`{call.text}` gives no data: they come right after the net."
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
-    text = data_text(call.text)
+    text = resumption.data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
     if options.eval is not None:
         training_data.check_looks(options.eval_text, options.eval, line)
-    begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
+    begin, finished = (None, 0) if resumed is None else (resumption.position_of(resumed), resumed.step)
     most = None if options.steps is None else max(1, options.steps - finished)
     placement = in_force(state.placement)
     with closing(training_data.data_of(text, call.args[0], options.batch, begin, most, placement=placement)) as data:
@@ -140,13 +134,16 @@ class Trainer:
             data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
         assert options.optimizer is not None
-        code, inputs = code_of(ready.entry, ready.loss, options.optimizer), inputs_of(ready.loss, call, options.eval)
+        code, inputs = (
+            resumption.code_of(ready.entry, ready.loss, options.optimizer),
+            resumption.inputs_of(ready.loss, call, options.eval),
+        )
         changes: tuple[str, ...] = ()
         if resumed is not None:
             changes = (
                 *map(clean, resumed.changes),
-                *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
-                *change_of_mesh(resumed, self.request.placement),
+                *resumption.changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+                *resumption.change_of_mesh(resumed, self.request.placement),
             )
         bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
         self.record = TrainingRecord(
@@ -163,7 +160,7 @@ class Trainer:
             arrays=isinstance(data, ArrayData),
             resumed=resumed,
             started=started,
-            spelling=by_hand.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
+            spelling=record.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
             inputs=inputs,
             changes=changes,
             code=code,
@@ -215,11 +212,13 @@ class Trainer:
             command = self.call.command
             if optimizer.text not in command:  # it was not written in a line
                 command = f"%flax_train --resume --optimizer {optimizer.text}"
-            opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
+            opt_state = resumption.fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
         placement = self.request.placement
         if placement is not None:
             opt_state = placement.of_variables(opt_state, self.loss.model.annotations(), before=placement)
-        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
+        self.task = resumption.task_of(
+            options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once
+        )
         self.task = replace(self.task, on_host=isinstance(self.data, ArrayData) and not self.data.held)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
@@ -301,22 +300,21 @@ class Trainer:
             *notes.of_streams(trace, known),
         ]
         for other in self.ready.read:
-            remarks.append(
-                Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
-            )
+            text = f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had"
+            remarks.append(Note("constant", text))
         seen, arguments = self.services.seen, self.traced.request.arguments
         self.keys_in_call = dict(notes.keys_in(arguments, seen, self.step.batched))
         for name in self.keys_in_call:
             remarks.append(Note("same key", f"`{name}` goes into every step: each has the same numbers"))
         if self.resumed is None:  # else it goes on with the keys of its own draw
             remarks += notes.of_keys(self.keys_in_call, seen, self.request.line)
-        frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
+        frozen = diagnosis.frozen_modules(self.loss, self.traced.request.variables)
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
-        modules = {path[:-1] for path in layers.parameter_paths(self.loss, self.traced.request.variables)} - frozen
+        modules = {path[:-1] for path in diagnosis.parameter_paths(self.loss, self.traced.request.variables)} - frozen
         remarks = without_net(self.ready.loss, remarks, len(modules))
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
+            remarks += resumption.notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
             remarks += (Note("resume", change) for change in self.record.changes)
         remarks += notes_of_last(self.data, self.options.batch, self.request.placement)
         if self.variables.made is not None:
@@ -500,14 +498,3 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
-
-
-def notes_of_last(data: Data, batch: int | None, placement: Placement | None) -> tuple[Note, ...]:
-    """A note where the last, shorter batch of an epoch cannot be cut into equal parts."""
-    if placement is None or batch is None or not isinstance(data, ArrayData):
-        return ()
-    rows = data.size % batch
-    if not rows % placement.parts:
-        return ()
-    has = f"the last batch of each epoch has {plural(rows, 'row')}"
-    return (Note("mesh", f"{has}, which {DATA}={placement.parts} does not divide: it is whole on each device"),)
