@@ -93,8 +93,9 @@ class Groups:
         if self.decided or self._built is not None or total is None:
             return
         self._spent.append(spent)
-        if self.asked > 1:
-            self._begin(self.asked)  # as it was measured in an earlier training
+        if self.asked > 1:  # as it was measured in an earlier training
+            if len(self._spent) > 1:  # of two batches one at least is not the last, shorter one of an epoch
+                self._begin(self.asked)
         elif len(self._spent) > MEASURED:
             seconds = max(float(np.median(np.diff(self._spent))), 1e-5)
             # The device idles while the group is traced, and the trial takes the time of some groups.
