@@ -41,6 +41,7 @@ def load(shell: Any) -> None:
     matcher.install()
     shell.events.register("pre_run_cell", notebook.begin_cell)
     shell.events.register("post_run_cell", magics.end_cell)
+    shell.events.register("post_execute", notebook.end_silent)
     library.in_cells(True)
     in_notebook(notebook.executed, lambda: notebook.number)
     FlaxMagicsError.before_shown = notebook.show_error
@@ -56,6 +57,7 @@ def unload(shell: Any) -> None:
         _left[shell] = ref(session), magics.notebook.journal, magics.notebook.number
     shell.events.unregister("pre_run_cell", magics.notebook.begin_cell)
     shell.events.unregister("post_run_cell", magics.end_cell)
+    shell.events.unregister("post_execute", magics.notebook.end_silent)
     library.in_cells(False)
     in_notebook(None)
     FlaxMagicsError.before_shown = staticmethod(lambda error: 0)

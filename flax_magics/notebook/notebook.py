@@ -219,6 +219,11 @@ class Notebook:
         self.reporter.begin_cell()
         library.new_cell()
 
+    def end_silent(self) -> None:
+        """Handles `post_execute`, the one event of a file that `ipython FILE.ipy` runs: as a silent cell of its own."""
+        if self._cell is None:
+            self.reporter.end_cell()
+
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)

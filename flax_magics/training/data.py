@@ -196,9 +196,9 @@ class BatchData:
         with suppress(TypeError, ValueError, NotImplementedError):
             self.per_epoch = len(batches)
         self._shapes: object = None
-        self._sample: PyTree = None
+        self._sample: PyTree = None  # the longest batch so far
         self._fetching: Fetching | None = None
-        self._kinds, self._rows, self._together = "", 0, 1
+        self._kinds, self._rows, self._longest, self._together = "", 0, 0, 1
         self._ahead: deque[Batch] = deque()
         """Those that were fetched, and that no step has taken."""
         self.unsure = "" if self.counted else "goes on with what the iterable gives now"
@@ -242,8 +242,9 @@ class BatchData:
         leaves = jax.tree_util.tree_leaves(self.first)
         if self._is_placed or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
             return 1
-        room: int = BYTES // max(1, sum(leaf.nbytes for leaf in leaves))
-        return max(1, min(TOGETHER, room, self.per_epoch or TOGETHER))
+        return max(
+            1, min(TOGETHER, BYTES // max(1, int(sum(leaf.nbytes for leaf in leaves))), self.per_epoch or TOGETHER)
+        )
 
     def place(self, step: int) -> tuple[int, int]:
         """The place of the next step in its epoch, and how many of it on may be in one program, as far as is known."""
@@ -308,7 +309,8 @@ class BatchData:
                 message = f"a batch of `{self._text}` is {kinds}, and those before were {self._kinds}."
                 raise FlaxMagicsError(message, hint="batches may differ in their length alone")
             self._shapes, self._kinds = shapes, kinds
-        self._sample = self._sample if self._sample is not None else tree
+            if self._rows > self._longest:
+                self._longest, self._sample = self._rows, tree
         return replace(batch, examples=self._rows * batch.steps)
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:

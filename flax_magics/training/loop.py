@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base.digest import bytes_of
-from ..base.measures import Curve, Evaluation
+from ..base.measures import Curve, Evaluation, default_device
 from ..base.threads import Future, Interrupts, Unfinished, smallest
 from ..base.types import HostArray, Leaf
+from ..compile.compiler import free_bytes
 from ..models.base import Variables
 from .data import Batch, Data
 from .programs import Groups, StepProgram, Together
@@ -30,7 +31,8 @@ MOST = 32
 SECONDS = 0.15
 """How long those take that it is given ahead of the others: an interrupt waits for them."""
 MEMORY = 1 << 26
-"""Bytes that they may hold: each has a state and a batch of its own."""
+"""Bytes that they may hold, as each has a state and a batch of its own; of an accelerator `SHARE` of its free memory."""
+SHARE = 1 / 32
 PATIENCE = 0.4
 """Seconds that an interrupt waits for the steps which the device still does; after that they are given up."""
 
@@ -194,6 +196,8 @@ class TrainingLoop:
         """After the last finished step, in an iterable."""
         self._bytes = 1
         """Those of the state and the batch of one step, once the first is there."""
+        device = default_device()
+        self._memory = MEMORY if device.platform == "cpu" else max(MEMORY, int(SHARE * (free_bytes(device) or 0)))
         self._singly_until = 0
         """The step up to which none are done in groups, since one of them is not finite."""
         self.failed: tuple[Batch, Leaf] | None = None
@@ -279,8 +283,9 @@ class TrainingLoop:
             if not ends and not waits:
                 batch = self._take(interrupts, following, self._groups.asked if tries else self._groups.size)
                 if batch is not None and tries and batch.steps > 1:
-                    singles = self._groups.attempt(self.state, following, batch, self._program_of)
-                    pending += (Dispatched(*one, following + n) for n, one in enumerate(singles, 1))
+                    # No local holds one of these states longer than it is pending.
+                    steps = enumerate(self._groups.attempt(self.state, following, batch, self._program_of), 1)
+                    pending += (Dispatched(*one, following + n) for n, one in steps)
                 elif batch is not None:
                     if tries:
                         self._groups.missed()
@@ -288,9 +293,10 @@ class TrainingLoop:
                         program = self._program_of(batch)
                         if self._together is not None and following > self._first:
                             self._together.agree(following, batch)
-                    state = pending[-1].result.state if pending else self.state
                     self._begun = following + batch.steps
-                    self._dispatch(partial(program, state, following, batch), batch)
+                    before = pending[-1].result if pending else self
+                    self._dispatch(partial(program, before.state, following, batch), batch)
+                    del before
                 continue
             # The device does one half of them while the other is counted.
             count = min(len(pending), max(1, most // 2))
@@ -300,7 +306,8 @@ class TrainingLoop:
                     self._settle()
             if undecided:
                 with interrupts.opened(), self._left_out():  # it traces and lowers the program of a group
-                    self._groups.count(self.step, schedule.total, self._in_steps)
+                    room = self._memory // self._bytes  # the trial holds the state of each step
+                    self._groups.count(self.step, schedule.total, self._in_steps, room)
             on_step()
 
     def _dispatch(self, step: Callable[[], StepResult], batch: Batch) -> None:
@@ -350,7 +357,8 @@ class TrainingLoop:
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if following == self._first and batch is not None:
-            self._bytes = sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, batch.tree))))
+            own = None if batch.tree is self._data.tree else batch.tree
+            self._bytes = max(1, sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, own)))))
         if batch is None:
             assert self._data.position is not None  # arrays have no end
             self._schedule.end_epoch(following, self._data.position.epoch)
@@ -367,12 +375,17 @@ class TrainingLoop:
         if self.step == self._first:
             return 1
         seconds, size = self._in_steps / (self.step - self._first), self._groups.size
-        if seconds > BRIEF:
+        if seconds > BRIEF or (self.is_large and self._together is None):
             return 1
         # Each step is measured, or may have to be taken back since another process has not begun it.
         if not self._groups.decided or self._together is not None:
             return AHEAD
-        return max(AHEAD, min(MOST, int(SECONDS / (seconds * size)), MEMORY // (self._bytes * size)))
+        return max(AHEAD, min(MOST, int(SECONDS / (seconds * size)), self._memory // (self._bytes * size)))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a state takes so much that none is held but the last one and that of the step under way."""
+        return self._bytes > self._memory
 
     @property
     def _in_steps(self) -> float:

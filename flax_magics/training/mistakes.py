@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from ..base.text import cut
+from ..base.text import cut, plural
 from ..base.types import PyTree, Record
 from ..code.library import is_module, library_file
+from ..compile.placement import DATA, Placement
 from ..errors import FlaxMagicsError
 from ..execution.call import Call
 from ..line.expression import with_arguments
@@ -25,7 +26,7 @@ from ..models.base import FLAX_ARGUMENTS
 from ..models.calls import CallText, first_line, self_of
 from ..models.switch import WHEN_TRAINING
 from ..run import Note
-from .data import is_arrays
+from .data import ArrayData, Data, is_arrays
 from .diagnosis import UNREAD
 from .loss import Loss, transformed
 
@@ -210,3 +211,14 @@ def _value(node: ast.expr, names: Mapping[str, object]) -> object:
     if isinstance(node, ast.Attribute):
         return getattr(_value(node.value, names), node.attr, None)
     return names.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def notes_of_last(data: Data, batch: int | None, placement: Placement | None) -> tuple[Note, ...]:
+    """A note where the last, shorter batch of an epoch cannot be cut into equal parts."""
+    if placement is None or batch is None or not isinstance(data, ArrayData):
+        return ()
+    rows = data.size % batch
+    if not rows % placement.parts:
+        return ()
+    has = f"the last batch of each epoch has {plural(rows, 'row')}"
+    return (Note("mesh", f"{has}, which {DATA}={placement.parts} does not divide: it is whole on each device"),)

@@ -83,22 +83,24 @@ class Groups:
         self.decided, self._misses = self._most == 1, 0
         self._spent: list[float] = []
 
-    def count(self, step: int, total: int | None, spent: float) -> None:
+    def count(self, step: int, total: int | None, spent: float, room: int) -> None:
         """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it.
 
         Args:
           spent: seconds in all steps so far.
+          room: how many states there is memory for.
         """
         if self.decided or self._built is not None or total is None:
             return
         self._spent.append(spent)
-        if self.asked > 1:
-            self._begin(self.asked)
+        if self.asked > 1:  # as it was measured in an earlier training
+            if len(self._spent) > 1:  # of two batches one at least is not the last, shorter one of an epoch
+                self._begin(self.asked)
         elif len(self._spent) > MEASURED:
             seconds = max(float(np.median(np.diff(self._spent))), 1e-5)
             # The device idles while the group is traced, and the trial takes the time of some groups.
             worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
-            size = self._fitting(int(LONG / seconds))
+            size = self._fitting(min(room, int(LONG / seconds)))
             if seconds > SHORT or not worth or size < 2:
                 self.decided = True
             else:
@@ -302,6 +304,8 @@ class StepPrograms:
             known = (self.name, self._code[0]), executable, compiling.digest, self.step.takes_loss
             keep(programs.by_step, key, known, KEPT)
         program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
+        # The arrays are the loop's: held here, they would take the place of a whole state to the end.
+        self._state = shapes_of(self._state)
         return program, origin, timing
 
     def _key(self, batch: Batch) -> Hashable | None:
@@ -382,10 +386,23 @@ def _like(state: TrainState, before: TrainState) -> TrainState:
     """The state of a step laid out as that before it: XLA is free to cut what it gives, and the next step takes it."""
 
     def constrain(leaf: Leaf, was: Leaf) -> Leaf:
-        return jax.lax.with_sharding_constraint(leaf, was.sharding) if isinstance(was, jax.Array) else leaf
+        sharding = getattr(was, "sharding", None)
+        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
     laid_out: TrainState = jax.tree_util.tree_map(constrain, state, before)
     return laid_out
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """A tree of arrays as shapes by which the same program is traced and found."""
+
+    def shape(leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        shape, dtype, weak, sharding = signature_of(leaf)
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=sharding)
+
+    return jax.tree_util.tree_map(shape, tree)
 
 
 def _numbers(first: int, batch: Batch) -> Any:

@@ -326,7 +326,9 @@ class Look:
                 agree(services, request.placement, self._draw, what, digest=begun.digest, tree=tree)
                 built = services.programs.finish(begun, phase)
             assert built.program is not None
-            self._programs[shapes] = built.program, built.request
+            # Without the variables of this look, which no later one needs.
+            bare = replace(built.request, variables=dict.fromkeys(built.request.variables))
+            self._programs[shapes] = built.program, bare
             needs, values = built.program.needs, RunVariables(self._entry, variables)
             facts = record.facts_of_call(bound, values, built.request.arguments, needs, taken=False)
             # An NNX module may be given streams that evaluation does not ask for.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from typing import cast
 
 import jax
@@ -17,7 +18,7 @@ from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
 from ..compile.initialise import made_of
-from ..compile.placement import DATA, Placement, in_force, put
+from ..compile.placement import in_force, put
 from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
@@ -30,28 +31,15 @@ from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import PREVIOUS, WeightSource
 from . import data as training_data
-from . import diagnosis, record
+from . import diagnosis, record, resumption
 from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, of_freeze
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
-from .mistakes import mistakes_told, without_net
-from .programs import Groups, StepPrograms, Together
+from .mistakes import mistakes_told, notes_of_last, without_net
+from .programs import Groups, StepPrograms, Together, shapes_of
 from .record import Look, Progress, TrainingRecord
-from .resumption import (
-    change_of_mesh,
-    changes_of,
-    code_of,
-    completed,
-    data_text,
-    fitted_state,
-    inputs_of,
-    notes_of_resumed,
-    position_of,
-    resumed_of,
-    task_of,
-)
 from .step import Step
 
 STILL = 50
@@ -89,16 +77,16 @@ def train_model(
       FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
     """
     line = f"{call.command} {call.text}"
-    resumed = resumed_of(entry, call) if options.resume else None
-    options = completed(entry, options, resumed, line)
+    resumed = resumption.resumed_of(entry, call) if options.resume else None
+    options = resumption.completed(entry, options, resumed, line)
     if not call.args:
         message = f"`{call.text}` gives no data: they come right after the net."
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
-    text = data_text(call.text)
+    text = resumption.data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
     if options.eval is not None:
         training_data.check_looks(options.eval_text, options.eval, line)
-    begin, finished = (None, 0) if resumed is None else (position_of(resumed), resumed.step)
+    begin, finished = (None, 0) if resumed is None else (resumption.position_of(resumed), resumed.step)
     most = None if options.steps is None else max(1, options.steps - finished)
     placement = in_force(state.placement)
     with closing(training_data.data_of(text, call.args[0], options.batch, begin, most, placement=placement)) as data:
@@ -146,13 +134,16 @@ class Trainer:
             data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
         assert options.optimizer is not None
-        code, inputs = code_of(ready.entry, ready.loss, options.optimizer), inputs_of(ready.loss, call, options.eval)
+        code, inputs = (
+            resumption.code_of(ready.entry, ready.loss, options.optimizer),
+            resumption.inputs_of(ready.loss, call, options.eval),
+        )
         changes: tuple[str, ...] = ()
         if resumed is not None:
             changes = (
                 *map(clean, resumed.changes),
-                *changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
-                *change_of_mesh(resumed, self.request.placement),
+                *resumption.changes_of(resumed, ready.entry, call, options, code=code, inputs=inputs),
+                *resumption.change_of_mesh(resumed, self.request.placement),
             )
         bound, written_to = self.request.bound, self.loss.written(self.traced.trace)
         self.record = TrainingRecord(
@@ -183,6 +174,7 @@ class Trainer:
         services, bound = self.services, self.request.bound
         self.loss = cast("Loss", bound.model)
         variables = held_variables(self.request)
+        self.initialises = variables is None
         if variables is None:
             with self.timed("init"):
                 variables = self._initialise()
@@ -193,9 +185,9 @@ class Trainer:
             try:
                 self.traced: TracedCall[None] = trace_call(request)
             except MissingVariables as error:  # a method needs some that the first init did not make
-                variables = with_added(self.request, variables, error)
+                self.initialises, variables = False, with_added(self.request, variables, error)
                 self.traced = trace_call(replace(request, variables=variables.values))
-        self.variables = variables
+        self.variables, self.made = variables, tuple(notes.of_params(variables.values) if variables.made else ())
         options, optimizer = self.options, self.options.optimizer
         assert optimizer is not None
         arguments = self.traced.request.arguments
@@ -210,6 +202,8 @@ class Trainer:
         )
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
+        if self.initialises:
+            self._forget_first()
         trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
@@ -218,11 +212,13 @@ class Trainer:
             command = self.call.command
             if optimizer.text not in command:  # it was not written in a line
                 command = f"%flax_train --resume --optimizer {optimizer.text}"
-            opt_state = fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
+            opt_state = resumption.fitted_state(self.resumed, optimizer, trained, last, f"{command} {self.call.text}")
         placement = self.request.placement
         if placement is not None:
             opt_state = placement.of_variables(opt_state, self.loss.model.annotations(), before=placement)
-        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once)
+        self.task = resumption.task_of(
+            options, self.resumed, arrays=isinstance(self.data, ArrayData), once=self.data.once
+        )
         self.task = replace(self.task, on_host=isinstance(self.data, ArrayData) and not self.data.held)
         per_epoch = self.data.per_epoch
         if self.resumed is not None and not (self.data.counted and per_epoch):
@@ -237,14 +233,14 @@ class Trainer:
             message = f"{plural(finished, 'step')} are finished already, and the total is {schedule.total}."
             longer = f"%flax_train --resume --steps {2 * finished} {self.call.text}"
             raise FlaxMagicsError(message, **written(longer))
-        taken = variables.taken
-        self.taken = taken
-        keys = {name: self.draw.words(name, taken=taken and name == "params") for name in self.traced.needs.streams}
+        self.taken = self.variables.taken
+        taken = {name: self.taken and name == "params" for name in self.traced.needs.streams}
+        keys = {name: self.draw.words(name, taken=taken[name]) for name in taken}
         self.keys = dict(sorted(keys.items()))
         self.look = Look(
             self.request,
             self.draw,
-            variables.entry,
+            self.variables.entry,
             text=options.eval_text,
             data=options.eval,
             batch=options.batch,
@@ -256,18 +252,18 @@ class Trainer:
         self.programs = StepPrograms(
             self.traced.request, self.step, self.data, keys=self.keys, state=beginning, services=services
         )
-        resumed, earlier = self.resumed, self.ready.entry.training
+        programs, resumed, earlier = self.programs, self.resumed, self.ready.entry.training
         same = earlier is not None and (earlier.call, earlier.batch) == (self.call.text, options.batch)
         self.loop = TrainingLoop(
-            self.programs.of,
+            programs.of,
             beginning,
             self.data,
             schedule,
             curve=Curve() if resumed is None else replace(resumed.curve, stopped=""),
             groups=Groups(
                 self.data,
-                self.programs.begin,
-                lambda: self.programs.timing.building,
+                programs.begin,
+                lambda: programs.timing.building,  # no cycle by way of this object: it would keep the last state
                 earlier.group if earlier is not None and (same or resumed is not None) else 1,
             ),
             unfinished=services.programs.unfinished,
@@ -286,6 +282,15 @@ class Trainer:
         text = source.describe(self.draw.seed)
         return placed(request, RunVariables(entry, values, made_of(values), 0.0, text, taken=True))
 
+    def _forget_first(self) -> None:
+        """Puts shapes in the place of the first variables, which the draw makes again: they are the loop's alone."""
+        request, variables = self.traced.request, self.variables
+        self.traced = replace(self.traced, request=replace(request, variables=shapes_of(request.variables)))
+        # What no step is given stays as it is.
+        others = {name: tree for name, tree in variables.values.items() if name not in request.variables}
+        entry = replace(variables.entry.linen, variables=others)
+        self.variables = replace(variables, entry=entry, values=shapes_of(variables.values))
+
     def _notes(self) -> tuple[Note, ...]:
         """The sharp bits that are known before the first step."""
         bound, trace, entry = self.request.bound, self.traced.trace, self.ready.entry
@@ -295,9 +300,8 @@ class Trainer:
             *notes.of_streams(trace, known),
         ]
         for other in self.ready.read:
-            remarks.append(
-                Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
-            )
+            text = f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had"
+            remarks.append(Note("constant", text))
         seen, arguments = self.services.seen, self.traced.request.arguments
         self.keys_in_call = dict(notes.keys_in(arguments, seen, self.step.batched))
         for name in self.keys_in_call:
@@ -310,11 +314,11 @@ class Trainer:
         remarks = without_net(self.ready.loss, remarks, len(modules))
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:
-            remarks += notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
+            remarks += resumption.notes_of_resumed(self.resumed, self.options, unsure=self.data.unsure)
             remarks += (Note("resume", change) for change in self.record.changes)
         remarks += notes_of_last(self.data, self.options.batch, self.request.placement)
         if self.variables.made is not None:
-            remarks += notes.of_params(self.variables.values)
+            remarks += self.made
         elif entry.outdated:
             remarks.append(notes.outdated_own(self.name) if entry.built_by_user else notes.OUTDATED)
         return tuple(remarks)
@@ -354,7 +358,7 @@ class Trainer:
                         if isinstance(error, NotFinite):
                             raise
                 if isinstance(error, NotFinite):
-                    write = None if self._replaced() is None else PREVIOUS.format(self.name)
+                    write = None if self.replaced is None else PREVIOUS.format(self.name)
                     raise FlaxMagicsError(loop.stopped, hint=self._hint_of_failed(), write=write) from None
                 raise
             return self._finish()
@@ -393,7 +397,7 @@ class Trainer:
         if self._has_exploded:
             grown = f"the loss was {losses[0]:.4g} in the first step and {losses[-1]:.4g} in the last"
             hint = f"{grown}: the rate may be too high for steps that nothing clips\n{hint}"
-        if self._replaced() is not None:
+        if self.replaced is not None:
             hint += "\nthe weights from before it are kept, and come back by the line below"
         return hint
 
@@ -402,18 +406,26 @@ class Trainer:
         losses = self.loop.numbers.losses
         return bool(len(losses) and losses[-1] > EXPLODED * abs(losses[0]) > 0)
 
-    def _replaced(self) -> Replaced | None:
-        """The weights from before a training whose loss has grown until it was not finite; None for any other."""
+    @cached_property
+    def replaced(self) -> Replaced | None:
+        """The weights from before a training whose loss has grown until it was not finite; None for any other.
+
+        Asked for at its end alone.
+        """
         if self.loop.failed is None or not (self._has_exploded or np.isinf(self.loop.failed[1])):
             return None
-        before, values = self.variables.entry, unfreeze(dict(self.traced.request.variables))
+        before, first = self.variables.entry, self.traced.request.variables
+        if self.initialises:
+            made = self._initialise().values
+            first = {name: made[name] for name in first}
+        values = unfreeze(dict(first))
         replaced = Replaced(self.loss.as_users(values), before.source or WeightSource(""), before.update_counts)
         return replaced if replaced.size <= self.limit else None
 
     def _on_step(self) -> None:
         """Commits what is finished, and shows it, unless that was done just now."""
         now = time.perf_counter()
-        if now - self._committed < OFTEN:
+        if now - self._committed < OFTEN and not self.loop.is_large:  # what was committed before is an earlier state
             return
         self._committed = now
         run = self._commit(final=False)
@@ -464,7 +476,7 @@ class Trainer:
             timing=timing,
             final=final,
             mesh=self._mesh(final=final),
-            replaced=self._replaced() if final else None,
+            replaced=self.replaced if final else None,
         )
         self._has_committed = True
         self.commit(progress)
@@ -486,14 +498,3 @@ class Trainer:
         yield
         more = getattr(self.timing, phase) + self.services.clock() - begin
         self.timing = replace(self.timing, **{phase: more})
-
-
-def notes_of_last(data: Data, batch: int | None, placement: Placement | None) -> tuple[Note, ...]:
-    """A note where the last, shorter batch of an epoch cannot be cut into equal parts."""
-    if placement is None or batch is None or not isinstance(data, ArrayData):
-        return ()
-    rows = data.size % batch
-    if not rows % placement.parts:
-        return ()
-    has = f"the last batch of each epoch has {plural(rows, 'row')}"
-    return (Note("mesh", f"{has}, which {DATA}={placement.parts} does not divide: it is whole on each device"),)

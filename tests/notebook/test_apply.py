@@ -117,6 +117,18 @@ def test_a_sharp_bit_in_a_loop_is_said_once_and_carried_by_the_counting_line(not
     assert "Net · train · cpu:0 · draws 2–50 · 49 runs · reused" in out
 
 
+def test_a_loop_of_a_file_of_cells_has_its_counting_line_too(notebook, tmp_path, capsys):
+    file = tmp_path / "loop.ipy"  # as `ipython loop.ipy` runs it
+    file.write_text(
+        "net = nn.Dense(3)\n%flaxmodel -q net\nfor _ in range(4):\n  y = %flax_apply net(x)\nprint('end')\n"
+    )
+    notebook.shell.safe_execfile_ipy(file)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("net", "end"))]
+    assert len(lines) == 3
+    assert lines[1] == "end"
+    assert lines[2].startswith("net · as written · cpu:0 · draws 2–4 · 3 runs · reused")
+
+
 def test_a_model_that_is_not_plain_is_traced_each_time_and_the_report_says_so(notebook):
     notebook("class Scale:\n  by = 2.0\n  def __call__(self, x):\n    return x * self.by\nscale = Scale()\n")
     notebook(net("scale(nn.Dense(2)(x))"))

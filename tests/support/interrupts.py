@@ -73,6 +73,30 @@ def interrupted_when(
         sys.settrace(tracing)
 
 
+@contextlib.contextmanager
+def training_interrupted(session: Any, lines: int, *, once: bool = False) -> Iterator[None]:
+    """A block in which Ctrl-C is pressed once so many lines of ours have run in the loop of a training.
+
+    Args:
+      once: see `interrupted_after`.
+    """
+    stack = contextlib.ExitStack()
+
+    def on_phase(phase: str) -> None:
+        if phase.startswith("training"):
+            session.services.on_phase = lambda phase: None
+            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT), once=once))
+
+    session.services.on_phase = on_phase
+    try:
+        with stack:
+            yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        session.services.on_phase = lambda phase: None
+
+
 def _is_deaf(frame: FrameType) -> bool:
     """Whether Python hears no signal at the line to come, where an interrupt would leave a lock taken for ever.
 

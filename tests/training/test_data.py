@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import itertools
+import multiprocessing
 import sys
 import threading
 import time
@@ -147,11 +148,11 @@ def test_an_error_of_the_iterable_is_passed_on():
     assert session.runs[-1].steps == 1
 
 
-def forked(monkeypatch: Any) -> Any:
-    """What torch's loader looks like from outside."""
+def forked(monkeypatch: Any, context: Any = None, workers: int = 2) -> Any:
+    """A loader with what is looked at of torch's: the number of its workers, and a context or None, never a name."""
 
     class DataLoader(list[Any]):
-        num_workers, multiprocessing_context = 2, None
+        num_workers, multiprocessing_context = workers, context
 
     module = types.ModuleType("torch.utils.data")
     module.DataLoader = DataLoader  # type: ignore[attr-defined]
@@ -224,6 +225,12 @@ def test_what_is_no_data_is_told_in_one_message(data, options, message, monkeypa
     with pytest.raises(FlaxMagicsError) as error:
         session.train(loss, "net", data, optimizer=SGD, epochs=2, **options)
     assert str(error.value).splitlines()[0] == message
+
+
+def test_a_loader_that_forks_nothing_is_gone_through(monkeypatch):
+    expected = trained(batches(2, 2), steps=2)
+    for context, workers in ((multiprocessing.get_context("spawn"), 2), (None, 0)):
+        assert bits(trained(forked(monkeypatch, context, workers), steps=2).losses) == bits(expected.losses)
 
 
 def test_a_look_weighs_each_batch_by_its_examples():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -62,7 +63,22 @@ def masked(x: Any) -> Any:
     return jnp.log(nn.softmax(hidden(x)))  # planted
 
 
-KINDS = {"logarithm": logarithm, "root": root, "masked": masked, "slow": slow, "harmless": lambda x: x}
+@jax.custom_jvp
+def half_with_a_rule(x: Any) -> Any:
+    return half(x).astype(jnp.float32)
+
+
+half_with_a_rule.defjvps(lambda tangent, output, x: tangent)
+KINDS = {
+    "logarithm": logarithm,
+    "root": root,
+    "masked": masked,
+    "slow": slow,
+    "overflow": lambda x: overflow(x).astype(jnp.float32),
+    "half": lambda x: half(x).astype(jnp.float32),
+    "half with a rule": half_with_a_rule,
+    "harmless": lambda x: x,
+}
 
 
 class Chosen(nn.Module):
@@ -128,15 +144,25 @@ def test_the_first_equation_that_is_not_finite_is_named(net, what, line):
     assert planted(text.replace("log(-0)", "log(0)")) == (what, line)
 
 
+CALLED = 'values = jax.lax.switch(batch["kind"][0], [*KINDS.values()], nn.Dense(4, name="inner")(carry))'
 CHOSEN = {
     "logarithm": ("log(0) gives -inf in the model itself at step 1", "return jnp.log(nn.relu(x) * 0)  # planted"),
     "root": ("div(0.5, 0) gives inf in the model itself at step 0", "return jnp.sqrt(nn.relu(x) * 0)  # planted"),
     "masked": ("log(0) gives -inf in the model itself at step 1", "return jnp.log(nn.softmax(hidden(x)))  # planted"),
+    "overflow": (
+        "mul(…, 9.969e+37) gives inf in the model itself at step 1",
+        "return (jnp.abs(x) + 1).astype(jnp.bfloat16) * jnp.bfloat16(1e38) * jnp.bfloat16(100)  # planted",
+    ),
+    "half": (
+        "mul(…, 6e+04) gives inf in the model itself at step 1",
+        "return (jnp.abs(x) + 2).astype(jnp.float16) * jnp.float16(6e4)  # planted",
+    ),
     # What a rule of its own differentiates has for JAX, in a loop, the line in which it is called.
     "slow": (
         "log(0) gives -inf in the model itself at step 1",
-        'values = jax.lax.switch(batch["kind"][0], [*KINDS.values()], nn.Dense(4, name="inner")(carry))',
+        CALLED,
     ),
+    "half with a rule": ("mul(…, 6e+04) gives inf in the model itself at step 1", CALLED),
 }
 
 
@@ -150,9 +176,12 @@ def chosen() -> Any:
 def test_in_a_branch_of_a_loop_it_is_named_and_a_mask_that_is_harmless_is_not(chosen, kind):
     session, batch_of = chosen
     (note,) = session.grad(loss, "net", batch_of(kind)).notes
-    what, line = planted(note.text.replace("log(-0)", "log(0)"))
+    what, line = planted(re.sub(r"mul\([0-9.e+]+, ", "mul(…, ", note.text.replace("log(-0)", "log(0)")))
     assert (what.partition(": ")[2], line) == (f"{CHOSEN[kind][0]} of the loop", CHOSEN[kind][1])
-    assert session.grad(loss, "net", batch_of("harmless")).notes == ()
+    harmless = batch_of("harmless")
+    assert session.grad(loss, "net", harmless).notes == ()
+    (note,) = session.grad(loss, "net", {**harmless, "x": X.at[1, 2].set(jnp.nan)}).notes
+    assert note.text == "the loss is NaN: `x['x']` holds NaN in row 1"
 
 
 def test_losses_that_grew_until_they_were_not_finite_are_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -111,7 +112,8 @@ def goes_on_in_groups(session: Any, monkeypatch: pytest.MonkeyPatch, size: int) 
 def test_no_group_is_built_that_no_epoch_has_room_for(size, built):
     sizes: list[int] = []
     groups = Groups(ArrayData("data", DATA, 8), lambda batch: sizes.append(batch.steps), lambda: 0.0, size)
-    groups.count(1, 100, 0.0)
+    for _ in range(2):
+        groups.count(1, 100, 0.0, 100)
     assert sizes == built
 
 
@@ -152,6 +154,50 @@ def test_batches_of_an_iterable_are_stacked_with_the_bits_of_one_by_one(monkeypa
     assert bits(run.losses) == bits(expected.losses)
     assert bits(run.metrics) == bits(expected.metrics)
     assert bits(session.models["net"].variables) == bits(whole.models["net"].variables)
+
+
+@pytest.mark.parametrize("kind", [list, Loader])
+def test_an_interrupt_while_stacked_batches_are_under_way_loses_no_finished_step(monkeypatch, kind):
+    whole, session, data = session_of(Net()), session_of(Net()), kind(batches_of(8, 8, 8, 8, 8, 8, 2))
+    expected = whole.train(loss, "net", data, optimizer=optax.adamw(1e-2), epochs=8)
+    session.train(loss, "net", data, optimizer=optax.adamw(1e-2), steps=7)
+    goes_on_in_groups(session, monkeypatch, 3)
+    struck, bound = [21, 31, 45], StepPrograms._bound
+
+    def striking(programs: StepPrograms, executable: Any, batch: Any) -> Any:
+        program = bound(programs, executable, batch)
+
+        def run(state: Any, number: int, batch: Any) -> Any:
+            result = program(state, number, batch)
+            if batch.steps > 1 and struck[:1] == [number]:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        return run
+
+    monkeypatch.setattr(StepPrograms, "_bound", striking)
+    while struck:
+        with pytest.raises(KeyboardInterrupt):
+            session.train(loss, "net", data, epochs=8, resume=True)
+        # The group that was under way counts as a whole, and nothing after it.
+        assert session.runs[-1].notes[-1].text == f"interrupted after {struck.pop(0) + 3} steps"
+    run = session.train(loss, "net", data, epochs=8, resume=True)
+    assert bits(run.losses) == bits(expected.losses)
+    assert bits(run.metrics) == bits(expected.metrics)
+    assert bits(session.models["net"].variables) == bits(whole.models["net"].variables)
+
+
+def test_a_step_among_stacked_batches_is_repeated(monkeypatch):
+    session, data = session_of(Net()), batches_of(8, 8, 8, 8, 8, 8, 2)
+    session.train(loss, "net", data, optimizer=optax.adamw(1e-2), steps=7)
+    given = goes_on_in_groups(session, monkeypatch, 3)
+    run = session.train(loss, "net", data, epochs=3, resume=True)
+    assert given == [14, 14, 17]
+    for step in (14, 18, 19):
+        again = session.replay(run, step=step)
+        assert (again.command, again.agreement.identical) == ("grad", True)
+        assert bits(np.float32(again.output.loss)) == bits(run.losses[step])
+    assert session.replay(run).agreement.identical
 
 
 def test_no_batch_is_fetched_beyond_the_last_step_nor_more_than_three_groups_ahead(monkeypatch):
@@ -219,7 +265,8 @@ def test_a_group_that_is_not_finite_ends_at_that_step(monkeypatch, stacked):
 )
 def test_a_group_lies_on_the_grid_of_its_epoch(batch, step, until, begins):
     groups = Groups(ArrayData("data", DATA, batch), lambda batch: lambda: None, lambda: 0.0, 3)
-    groups.count(1, 100, 0.0)
+    for _ in range(2):
+        groups.count(1, 100, 0.0, 100)
     assert groups.begins_at(step, until) is begins
 
 
@@ -235,7 +282,8 @@ def test_a_group_with_other_bits_is_not_used(monkeypatch):
 
     for wrong in (False, True):
         groups = Groups(data, lambda batch: lambda: program, lambda: 0.0, 2)
-        groups.count(1, 100, 0.0)
+        for _ in range(2):
+            groups.count(1, 100, 0.0, 100)
         assert groups.to_try(2, None)
         done = groups.attempt(jax.numpy.zeros(3), 2, data.take(2, 2), lambda batch: program)
         assert [(int(result.loss), batch.steps) for result, batch in done] == [(2, 1), (3, 1)]
