@@ -72,7 +72,7 @@ class Note(Struct, frozen=True, forbid_unknown_fields=True):
     write: str | None = None
     form: str | None = None
     edit: str | None = None
-    where: str = "model"
+    where: Literal["model", "loss"] = "model"
 
     @property
     def advice(self) -> list[tuple[str, str]]:
