@@ -24,8 +24,7 @@ from .errors import FlaxMagicsError
 from .execution import record, surroundings
 from .execution.apply import apply_again, apply_model, init_model
 from .execution.build import Building, rebuild
-from .execution.call import Call, as_names
-from .execution.idioms import Translation
+from .execution.call import Call, Translation, as_names
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
 from .execution.surroundings import stand_outside
@@ -36,12 +35,11 @@ from .mesh.methods import MeshMethods
 from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
-from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry, by_kind
 from .state.handles import Models, RegisteredModel, SessionView, Then, entry_now, nothing
 from .state.models import Registration, assigned
 from .state.runs import StoredRun
-from .state.state import Restart, State
+from .state.state import REPLAY_BYTES, ReplayBudget, Restart, State, arrays_of
 from .state.weights import Written
 from .training.methods import LossMethods
 
@@ -366,7 +364,7 @@ class Session(SessionView, LossMethods, MeshMethods, HealthMethods):
         stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
-        from .training.repeat import Again
+        from .training.methods import Again
 
         models, services = self._state.models, self.services
         retrain = partial(Again, models=models, services=services)

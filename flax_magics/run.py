@@ -9,9 +9,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from .base.curve import Curve, Evaluation
 from .base.digest import all_words, describe, is_gone
-from .base.measures import Cost, LayerGradient, Limits, Memory, MeshUse, Timing, environment
+from .base.measures import Cost, Curve, Evaluation, LayerGradient, Limits, Memory, MeshUse, Timing, environment
 from .base.output import Agreement, OutputFacts, Spread, Values, sample_of, spread_of, values_of
 from .base.types import HostArray, Leaf, PyTree
 from .errors import advice

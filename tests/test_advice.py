@@ -322,7 +322,7 @@ def in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
 ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
 RUN_CELL, UNKNOWN = "notebook.run_cell.run_statements_with_call", "notebook.command._unknown"
-IDIOM, TRACED = "execution.idioms._error", "execution.surroundings._error"
+IDIOM, TRACED = "execution.call._error", "execution.surroundings._error"
 PARAMS, KEYS, PROGRAMS = "execution.notes.of_params", "execution.notes.of_keys", "compile.reasons.of_programs"
 SAMPLES = "execution.notes.of_samples"
 
@@ -449,7 +449,7 @@ SCENARIOS = [
     Scenario("summary.summary.of_variables", "%flax_summary net", (NET,), ("x",)),
     Scenario("summary.view.tree_bundle", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
     # -- Flax's own words
-    Scenario("execution.idioms._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
+    Scenario("execution.call._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
     Scenario(IDIOM, f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),
     Scenario(IDIOM, "%flaxmodel --check 'net(x, rngs={})' net", (NET,), ("net",)),
     Scenario(IDIOM, "variables = %flax_init net.init(jax.random.key(0), x)", (NET,)),
@@ -543,11 +543,11 @@ SCENARIOS = [
              (NET, OPTAX, f"def loss(net, x, y):\n  {DIFFERENCE}"), (DIFFERENCE,)),
     Scenario("training.grad.of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
     # -- a mesh
-    Scenario("line.axes.read", "%flax_mesh data"),
-    Scenario("line.axes.read", "%flax_mesh of"),
-    Scenario("line.axes.read", "%flax_mesh data=1,data=1"),
-    Scenario("line.axes.check", "%flax_mesh data=0"),
-    Scenario("line.axes.check", "%flax_mesh data=-1,model=-1"),
+    Scenario("line.options.mesh_axes", "%flax_mesh data"),
+    Scenario("line.options.mesh_axes", "%flax_mesh of"),
+    Scenario("line.options.mesh_axes", "%flax_mesh data=1,data=1"),
+    Scenario("line.options.check_axes", "%flax_mesh data=0"),
+    Scenario("line.options.check_axes", "%flax_mesh data=-1,model=-1"),
     Scenario("compile.placement.of_devices", "%flax_mesh data=64"),
     Scenario("compile.placement._undivided", "%flax_apply net(x)", (NET, "%flax_mesh data=1"), patch=in_two_parts),
     Scenario("compile.placement._of_other_devices", "%flax_apply net(x)", (NET, OTHER_MESH, "%flax_mesh data=1"),
@@ -567,14 +567,14 @@ SCENARIOS = [
              (NET, SUM, OPTAX, "data = iter([x, x])"), use="data = [x, x]\n{}"),
     Scenario("training.train._finish", "%flax_train --resume loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --steps 2 loss(net, x);")),
-    Scenario("training.options.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
+    Scenario("training.resumption.resumed_of", "%flax_train --resume loss(net, x)", (NET, SUM, OPTAX),
              ("optax.sgd(0.1)", "2")),
-    Scenario("training.options.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),
-    Scenario("training.options.completed", f"{TRAIN} loss(net, x)", (NET, SUM, OPTAX)),
-    Scenario("training.options.completed", "%flax_train --steps 2 loss(net, x)", (NET, SUM)),
-    Scenario("training.options.completed", "%flax_train --optimizer 0.1 --steps 2 loss(net, x)", (NET, SUM, OPTAX),
+    Scenario("training.resumption.completed", f"{TRAIN} --steps 2 --epochs 2 loss(net, x)", (NET, SUM, OPTAX)),
+    Scenario("training.resumption.completed", f"{TRAIN} loss(net, x)", (NET, SUM, OPTAX)),
+    Scenario("training.resumption.completed", "%flax_train --steps 2 loss(net, x)", (NET, SUM)),
+    Scenario("training.resumption.completed", "%flax_train --optimizer 0.1 --steps 2 loss(net, x)", (NET, SUM, OPTAX),
              ("1e-3",)),
-    Scenario("training.options._other", "%flax_train --resume --batch 3 --steps 4 loss(net, x)",
+    Scenario("training.resumption._other", "%flax_train --resume --batch 3 --steps 4 loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --batch 2 --steps 2 loss(net, x);")),
     Scenario("training.resumption.fitted_state", "%flax_train --resume --steps 4 --optimizer optax.adam(0.1) loss(net, x)",
              (NET, SUM, OPTAX, f"{TRAIN} --steps 2 loss(net, x)")),
@@ -589,8 +589,8 @@ SCENARIOS = [
              ("[x, x]",), again=True),
     # -- keys, files, history
     Scenario("notebook.command.takes_nothing", "%flax nothing"),
-    Scenario("doctor.finding.note", "%flax_doctor", ("key = jax.random.PRNGKey(0)",), again=True),
-    Scenario("doctor.view._notes", "%flax_free",
+    Scenario("doctor.findings.note", "%flax_doctor", ("key = jax.random.PRNGKey(0)",), again=True),
+    Scenario("doctor.findings._notes", "%flax_free",
              (NET, "z = jnp.ones((100_000, 4))\n%flax_apply -q net(z);\ndel z"), again=True),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
     Scenario("notebook.magics.flax_key", "%flax_key --fresh", (NET, RAN)),
@@ -599,8 +599,8 @@ SCENARIOS = [
     Scenario("notebook.status.restarted", "%flax_key --seed 0", (NET, RAN)),
     Scenario("notebook.magics.flax_save", "%flax_save --autosave off b", (NET, RAN)),
     Scenario("base.files.checked_target", "%flax_save none/a", (NET, RAN), again=True),
-    Scenario("snapshot.view._not_replaced", "%flax_save --autosave a", SAVED, after="%flax_save --autosave off"),
-    Scenario("snapshot.view.autosave_failed", "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
+    Scenario("snapshot.save._not_replaced", "%flax_save --autosave a", SAVED, after="%flax_save --autosave off"),
+    Scenario("snapshot.save.autosave_failed", "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
              (NET, SESSION, "%flax_save -q --autosave a", "import os\nos.remove('a')\nos.mkdir('a')"),
              after="%flax_init net(x);\n%flax"),
     Scenario("snapshot.save._replaceable", "%flax_save a.py",
@@ -626,9 +626,9 @@ SCENARIOS = [
     Scenario("export.__init__._check", "%flax_export a.py",
              (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"), again=True),
     # -- the command line
-    Scenario("snapshot.view.loaded_text", "%flax_load a",
+    Scenario("snapshot.save.loaded_text", "%flax_load a",
              (NET + 24 * "\n    # A model of many lines.", RAN, "%flax_save -q a", NEW_SESSION)),
-    Scenario("verify.report.text", lambda: verify(VERIFY), paste=verify,
+    Scenario("verify.command.text", lambda: verify(VERIFY), paste=verify,
              patch=lambda m: m.setattr(command, "executed", ran_here)),
     Scenario("verify.notebooks.check_installed", lambda: verify(VERIFY), paste=install,
              patch=lambda m: [m.setattr(command, "executed", ran_here),

@@ -42,7 +42,6 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
             "flax_magics.line.call",
             "flax_magics.line.commands",
             "flax_magics.line.expression",
-            "flax_magics.line.kinds",
         ),
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
         *("flax_magics.notebook.extension", "flax_magics.notebook.interrupts", "flax_magics.notebook.magics"),

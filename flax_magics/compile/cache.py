@@ -28,12 +28,11 @@ from ..code.inventory import Inventory
 from ..models.base import CallTrace, ForeignOutput, Needs, Variables
 from ..rng.keys import SeenKeys
 from ..run import Cause, Run
-from .compiler import Compiled, Compiler, Units, keep
-from .disk_cache import devices_of
-from .limits import memory_of
-from .program_keys import (
+from .compiler import Compiled, Compiler, Units, keep, memory_of
+from .disk_cache import (
     Executable,
     call_key,
+    devices_of,
     digest_of,
     equations_key,
     jax_settings,

@@ -29,8 +29,8 @@ from ..base.text import plural
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError, written
-from ..line.axes import as_text
 from ..line.expression import Line
+from ..line.options import axes_text
 from ..models.base import names_in
 from ..models.calls import Arguments
 from ..rng.keys import Draw, DrawBatch
@@ -60,7 +60,7 @@ class Placement(Struct, frozen=True, dict=True):
     @property
     def axes(self) -> str:
         """The mesh as it is written on the command's line: `data=4,model=2`."""
-        return as_text(self.mesh.shape)
+        return axes_text(self.mesh.shape)
 
     @property
     def shape(self) -> tuple[tuple[str, int], ...]:
@@ -445,16 +445,18 @@ def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:
     have = f"{plural(len(devices), 'device')} ({name_devices(set(devices))})"
     if named > len(devices) or (-1 in axes.values() and len(devices) % named):
         fits = {**dict.fromkeys(axes, 1), next(iter(axes)): -1}
-        write = f"%flax_mesh {as_text(fits)}"
+        write = f"%flax_mesh {axes_text(fits)}"
         verb = "is" if len(devices) == 1 else "are"
         many = f"{named} devices" if named > len(devices) else f"a number of devices that {named} divides"
-        raise FlaxMagicsError(f"{as_text(axes)} takes {many}, and there {verb} {have}.", write=write)
+        raise FlaxMagicsError(f"{axes_text(axes)} takes {many}, and there {verb} {have}.", write=write)
     sizes = tuple(len(devices) // named if size == -1 else size for size in axes.values())
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     # By position: the name of the first argument is another since jax 0.11.1.
     count = int(np.prod(sizes, dtype=int))
     left = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
     if left:
-        message = f"{as_text(axes)} leaves process {min(left)} of this job without a device: each takes part in a mesh."
+        message = (
+            f"{axes_text(axes)} leaves process {min(left)} of this job without a device: each takes part in a mesh."
+        )
         raise FlaxMagicsError(message, hint="an axis of -1 takes all devices that are left")
     return Placement(jax.make_mesh(sizes, tuple(axes), axis_types=types, devices=devices[:count]))

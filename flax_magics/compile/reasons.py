@@ -21,8 +21,8 @@ from ..models.calls import Arguments
 from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
 from .cache import KEPT, BuiltProgram, LastCall, LeafSpec, ProgramCache, ProgramSpec
+from .disk_cache import jax_settings, settings_in_words
 from .placement import Placement
-from .program_keys import jax_settings, settings_in_words
 from .trace import TraceRequest
 
 REMEMBERED = 16

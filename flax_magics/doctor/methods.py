@@ -22,27 +22,28 @@ from ..execution.surroundings import stand_outside
 from ..run import Note
 from ..state.runs import backwards
 from .checks import CHECKS
-from .finding import Examined, examine
-from .memory import (
+from .findings import (
     LAST_ERROR,
     PROGRAMS,
     REPLAYS,
+    Diagnosis,
+    Examined,
+    Freed,
     Roots,
     bytes_by_device,
+    examine,
     holdings,
     live_arrays,
     users_modules,
     users_names,
 )
-from .view import Diagnosis, Freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..compile.cache import Services
     from ..execution.plan_cache import PlanCache
-    from ..state.budget import ReplayBudget
-    from ..state.state import State
+    from ..state.state import ReplayBudget, State
 
 LAST = ("last_type", "last_value", "last_traceback", "last_exc")
 """Attributes of `sys` with the last error that was shown."""

@@ -17,8 +17,8 @@ from ..base.processes import OFTEN
 from ..base.threads import all_ready, smallest
 from ..code.library import library
 from ..compile.cache import Services
+from ..compile.compiler import devices_in, with_peak
 from ..compile.initialise import made_of
-from ..compile.limits import devices_in, with_peak
 from ..compile.placement import in_force
 from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError

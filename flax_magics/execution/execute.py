@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from ..base.measures import Limits, Timing, name_devices
 from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
+from ..compile.compiler import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..compile.initialise import made_of, merged
-from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..compile.placement import Placement, Shardings, agree
 from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError, written

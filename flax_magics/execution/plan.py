@@ -16,7 +16,7 @@ from ..base.measures import Steady, Timing
 from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
-from ..compile.limits import is_out_of_memory, out_of_memory
+from ..compile.compiler import is_out_of_memory, out_of_memory
 from ..compile.placement import agree
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
 from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables

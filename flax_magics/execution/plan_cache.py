@@ -27,7 +27,7 @@ from ..code.contents import Structure
 from ..code.library import library
 from ..compile.cache import KEPT, LastCall, ProgramCache, Services
 from ..compile.compiler import keep
-from ..compile.program_keys import settings, trace_context
+from ..compile.disk_cache import settings, trace_context
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of

@@ -18,8 +18,8 @@ from ..base.text import join
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules
-from ..compile.limits import cost_of, devices_in, with_peak
-from ..compile.program_keys import settings
+from ..compile.compiler import cost_of, devices_in, with_peak
+from ..compile.disk_cache import settings
 from ..line.expression import positional_names, with_arguments
 from ..line.options import ApplyOptions
 from ..models.base import Commit, ModelWithInit, Needs, Updates

@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 from msgspec.structs import replace
 
-from ..base.curve import EVAL, ROW_ORDER, Curve
+from ..base.measures import EVAL, ROW_ORDER, Curve
 from ..base.types import PyTree
 from ..cells.journal import Load
 from ..line.call import CallExpression

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..base.measures import MeshUse
 from ..compile.placement import DATA, names_in_tree
-from ..line.axes import read
+from ..line.options import mesh_axes
 from .context import CommandLines, ScriptModel
 from .functions import CannotSay, SplitArguments
 
@@ -23,7 +23,7 @@ def mesh_lines(command: CommandLines) -> list[str]:
         models = [model for model in context.models.values() if model.name in context.laid_out]
         context.mesh, context.laid_out = "", set()
         return [_put(command, model, "jax.devices()[0]") for model in models]
-    axes = read(written)
+    axes = mesh_axes(written)
     context.mesh, context.laid_out = written, set()
     writer.needs.add("jax")
     known = [size for size in axes.values() if size != -1]
@@ -49,7 +49,7 @@ def names_of(command: CommandLines) -> tuple[str, str, str]:
     Each mesh has its own: a jitted function that reads one is traced once, and for another mesh it is another function.
     """
     writer, written = command.writer, command.context.mesh
-    axes = "_".join(f"{name}_{size}" if size != -1 else name for name, size in read(written).items())
+    axes = "_".join(f"{name}_{size}" if size != -1 else name for name, size in mesh_axes(written).items())
 
     def name(purpose: str) -> str:
         key = f"{purpose} {written}"
@@ -71,7 +71,7 @@ def mesh_of(command: CommandLines) -> MeshUse | None:
         raise CannotSay("each of its runs was on another mesh")
     use = uses[-1]
     written = command.context.mesh
-    if use is not None and (not written or [*read(written)] != [name for name, _ in use.axes]):
+    if use is not None and (not written or [*mesh_axes(written)] != [name for name, _ in use.axes]):
         raise CannotSay(f"the mesh that it ran on, {use.name}, is made by no line of the script")
     return use
 

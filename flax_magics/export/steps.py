@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..base.curve import EVAL
+from ..base.measures import EVAL
 from ..run import ExportFacts
 from .context import CommandLines
 from .functions import CannotSay, as_written, split

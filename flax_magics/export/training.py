@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 
-from ..base.curve import ROW_ORDER, Curve
 from ..base.digest import is_key
+from ..base.measures import ROW_ORDER, Curve
 from ..run import ExportFacts, LookFacts, Run
 from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split

@@ -16,15 +16,14 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.curve import Curve
-from ..base.measures import Timing
+from ..base.measures import Curve, Timing
 from ..base.output import Agreement, Difference, with_digest, with_output
 from ..base.text import bytes_, clean, cut, plural, ulp
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
+from ..compile.disk_cache import settings
 from ..compile.placement import Placement, agree
-from ..compile.program_keys import settings
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors

@@ -1,4 +1,4 @@
-"""Parsing of a command's options, up to the call.
+"""Parsing of a command's options, up to the call; the axes of a mesh, and the kinds of notes, as a user writes them.
 
 argparse does not fit: the Python call that follows the options may contain dashes, quotes, brackets and white space.
 """
@@ -19,6 +19,7 @@ from ..errors import FlaxMagicsError, nearest, written
 
 if TYPE_CHECKING:
     from ..run import DrawNumber
+
 
 _DASHES = "-–—"
 """Phones and word processors turn two hyphens into one of the long dashes; these get a message, too."""
@@ -414,3 +415,79 @@ class ApplyOptions(Record):
         and `mutable`. Only such runs have a fast path.
         """
         return self.variables is None and self == ApplyOptions(mode=self.mode, mutable=self.mutable)
+
+
+MESH_FORM = "%flax_mesh data=-1"
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Axis → size; commas or blanks stand between them.
+
+    Raises:
+      FlaxMagicsError: it is written otherwise.
+    """
+    axes: dict[str, int] = {}
+    for part in filter(None, re.split(r"[\s,]+", text.strip())):
+        name, equals, size = part.partition("=")
+        if not equals or not name.isidentifier() or not re.fullmatch(r"-?[0-9]+", size):
+            if not equals and nearest(part, ["off"]):
+                raise FlaxMagicsError(f"`{part}` is no axis: did you mean off?", write="%flax_mesh off")
+            message = f"`{part}` is no axis: a mesh is written by the names of its axes and their sizes."
+            raise FlaxMagicsError(message, hint="-1 is for all devices that are left", write=MESH_FORM)
+        if name in axes:
+            raise FlaxMagicsError(f"the axis `{name}` has two sizes.", write=MESH_FORM)
+        axes[name] = int(size)
+    return axes
+
+
+def check_axes(axes: Mapping[str, int]) -> None:
+    """Raises FlaxMagicsError where a size is none, or more than one is -1."""
+    for name, size in axes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            message = f"{name}={size}: an axis has a number of devices, 1 or more, or -1 for all that are left."
+            raise FlaxMagicsError(message, write=MESH_FORM)
+    if list(axes.values()).count(-1) > 1:
+        raise FlaxMagicsError(
+            f"{axes_text(axes)}: only one axis can be -1, for all devices that are left.", write=MESH_FORM
+        )
+
+
+def axes_text(axes: Mapping[str, int]) -> str:
+    """The axes as they are written: `data=4,model=2`."""
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
+KINDS = {
+    "dropout": "every dropout is off in training, or on in evaluation",
+    "norm": "BatchNorm is in the other mode than was asked",
+    "mode": "training or evaluation was asked, and the model has no switch",
+    "nan": "the output holds NaN",
+    "stream": "a stream that is not Flax's own is asked for",
+    "root key": "a key that the session splits is passed to a run",
+    "key again": "a key that went into an earlier run is passed again",
+    "same key": "one key is given to two arguments of a call",
+    "unused key": "a key is passed that the model does not use",
+    "mutable": "a collection is asked for by a name that the model does not have",
+    "samples": "all samples of a run are the same, because no key went into them",
+    "zero params": "all params are zero after init",
+    "nan params": "params hold NaN after init",
+    "scalar": "a Python number stands where an array was",
+    "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
+    "masks": "with the keys of an earlier draw, a layer drew other numbers than in that draw's run",
+    "replaced": "an init or an edit replaced weights that were set, loaded, trained or updated",
+    "weights": "a name that held the model's weights holds others now, and the run used the model's",
+    "outdated": "variables are from before an edit",
+    "file": "a name stands for another module than was registered, and variables from a file wait for it",
+    "rebound": "the name stands for another module than was registered",
+    "name": "the name of a model was deleted, or holds something that is no module, and the model registered under it ran",
+    "switch": "a loss leaves a switch of its net's call at its default",
+    "freeze": "a pattern of --freeze matches no parameter",
+    "gradient": "a layer has no gradient, and why",
+    "constant": "another net in the call of a loss gets no gradient",
+    "still": "the loss of a training has not moved in its last 50 steps",
+    "stopped": "a training has ended before its last step, and the line that goes on with it",
+    "resume": "a training goes on with other data, weights or code than it had, or an iterable that may give other batches",
+    "doctor": "in the first report of a kernel, what is wrong with JAX there; see %flax_doctor",
+    "mesh": "the last batch of each epoch cannot be cut over the axis `data`",
+}
+"""Kinds of notes on likely mistakes, by whose names `%config FlaxMagics.notes` turns them off, and when each is said."""

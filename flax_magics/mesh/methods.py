@@ -1,4 +1,4 @@
-"""The method of a `Session` that chooses the mesh its runs are laid out on."""
+"""The method of a `Session` that chooses the mesh its runs are laid out on, and what is shown of that mesh by itself."""
 
 from __future__ import annotations
 
@@ -12,18 +12,62 @@ from msgspec.structs import replace
 from ..base.digest import is_spread
 from ..base.measures import default_device
 from ..base.private import is_in_mesh
+from ..base.text import bytes_
 from ..base.threads import until_committed
-from ..compile.placement import Placement, agree, of_devices, on_one_device
+from ..base.types import PyTree
+from ..compile.placement import DATA, Placement, agree, of_devices, on_one_device, where_lies
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.surroundings import stand_outside
-from ..line.axes import as_text, check, read
+from ..line.options import axes_text, check_axes, mesh_axes
+from ..report.html import render, shown_bundle
+from ..report.tables import mesh_drawing, mesh_lines
+from ..report.text import Notice, notice_text
 
 if TYPE_CHECKING:
     from ..base.types import PyTree
     from ..compile.cache import Services
     from ..state.entry import ModelEntry
     from ..state.state import State
+
+
+NONE = Notice("mesh", ("none: runs are on one device",))
+
+
+def notice(placement: Placement | None) -> Notice:
+    """The line of a mesh: `mesh · data=4,model=2 · cpu:0-7 · …`."""
+    if placement is None:
+        return NONE
+    cut = f"the leading axis of arrays is cut into {placement.parts} parts"
+    if placement.is_single:
+        cut = "one device, as without it"
+    elif placement.parts == 1:
+        cut = f"no axis `{DATA}`: arrays are whole on each device"
+    return Notice("mesh", (placement.axes, placement.where, cut))
+
+
+def cells(placement: Placement | None, models: Mapping[str, PyTree]) -> list[tuple[str, ...]]:
+    """The mesh for `%flax`: how it is written, and where the variables of each model live."""
+    if placement is None:
+        return []
+    rows: list[tuple[str, ...]] = [(placement.axes, placement.where)]
+    for name, variables in models.items():
+        rows += [(name, f"{one.how}, {bytes_(one.bytes)} a device") for one in where_lies(variables)]
+    return rows
+
+
+def mesh_bundle(placement: Placement | None, style: str) -> dict[str, object]:
+    """The MIME bundle of `%flax_mesh`: the line, and beneath it the devices."""
+    line = notice(placement)
+    if placement is None or placement.is_single:
+        rows, text = [], [notice_text(line)]
+    else:
+        rows, text = (
+            mesh_drawing(placement.shape, placement.devices),
+            [notice_text(line), *mesh_lines(placement.shape, placement.devices, "  ")],
+        )
+    return shown_bundle("\n".join(text), lambda: render("mesh.html", {"texts": line.texts, "rows": rows}), style)
+
 
 Write = Callable[[], None]
 
@@ -58,9 +102,9 @@ class MeshMethods:
         if axes == "off":
             stand_outside(surroundings.of_state, "%flax_mesh off", "%flax_mesh off")
             return self._placed_on(None, "%flax_mesh off")
-        wanted = {**(read(axes) if isinstance(axes, str) else axes or {}), **sizes}
-        check(wanted)
-        line = f"%flax_mesh {as_text(wanted)}"
+        wanted = {**(mesh_axes(axes) if isinstance(axes, str) else axes or {}), **sizes}
+        check_axes(wanted)
+        line = f"%flax_mesh {axes_text(wanted)}"
         stand_outside(surroundings.of_state, line, line)
         if is_in_mesh():
             message = "a mesh of your own is set here, and it stands: runs inside it are laid out by what you write."

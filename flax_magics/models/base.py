@@ -169,7 +169,7 @@ FLAX_ARGUMENTS = {
 class Idiom(FlaxMagicsError):
     """Raised for a call in Flax's own terms: `net.apply(…)` or another base-class method, or `net(x, rngs=…)`.
 
-    `execution.idioms` turns it into a message with the command to write instead.
+    `execution.call` turns it into a message with the command to write instead.
 
     Attributes:
       method: the method of Flax's base class; empty where an argument is the cause.

@@ -19,8 +19,7 @@ from traitlets import Bool, Dict, Enum, Int, TraitType
 from ..base.tokens import Unbalanced, pieces, token_end, variable_name
 from ..code.library import is_module, is_module_class
 from ..line.commands import COMMANDS, FLAX_GRAD
-from ..line.kinds import KINDS
-from ..line.options import Command, Option
+from ..line.options import KINDS, Command, Option
 
 if TYPE_CHECKING:
     from ..state.handles import ModelNames

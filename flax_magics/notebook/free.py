@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..base.text import plural
-from ..doctor.memory import LAST_ERROR, bytes_by_device, live_arrays, reached
-from ..doctor.view import freed_bundle
+from ..doctor.findings import LAST_ERROR, bytes_by_device, freed_bundle, live_arrays, reached
 
 if TYPE_CHECKING:
-    from ..doctor.view import Freed
+    from ..doctor.findings import Freed
     from .notebook import Notebook
 
 LAST_VALUES = ("_", "__", "___")

@@ -36,8 +36,7 @@ from ..line.commands import (
     FLAXMODEL,
     restart_line,
 )
-from ..line.kinds import KINDS
-from ..line.options import ApplyOptions, file_name, quoted, unquoted
+from ..line.options import KINDS, ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, with_package
 from .notebook import KNOWN_LINES, KnownLine, Notebook, existing
 from .reporter import Settings
@@ -345,7 +344,7 @@ class FlaxMagics(Magics):
     @command(FLAX_MESH)
     def flax_mesh(self, use: CommandUse) -> None:
         """`%flax_mesh data=-1`"""
-        from ..mesh.view import mesh_bundle
+        from ..mesh.methods import mesh_bundle
 
         if use.rest.strip():
             with self.notebook.working("moving the variables"):
@@ -429,7 +428,7 @@ class FlaxMagics(Magics):
     def flax_save(self, use: CommandUse) -> None:
         """`%flax_save [--autosave] FILE`"""
         from ..report.html import notice_bundle
-        from ..snapshot.view import autosave_ended, saved
+        from ..snapshot.save import autosave_ended, saved
 
         autosave = use["autosave"]
         if autosave is not None and use.rest:
@@ -449,7 +448,7 @@ class FlaxMagics(Magics):
     @command(FLAX_LOAD)
     def flax_load(self, use: CommandUse) -> None:
         """`%flax_load FILE`"""
-        from ..snapshot.view import loaded_bundle
+        from ..snapshot.save import loaded_bundle
 
         with self.notebook.working("loading") as live:
             file = file_name(use.rest, FLAX_LOAD)
@@ -469,7 +468,7 @@ class FlaxMagics(Magics):
         """`%flax_free [--replays]`"""
         use.takes_nothing()
         with self.notebook.working("letting go") as live:
-            from ..doctor.view import freed_bundle
+            from ..doctor.findings import freed_bundle
             from .free import free
 
             freed = free(self.notebook, replays=use["replays"])
@@ -480,7 +479,7 @@ class FlaxMagics(Magics):
         """`%flax_doctor`"""
         use.takes_nothing()
         with self.notebook.working("examining") as live:
-            from ..doctor.view import diagnosis_notice
+            from ..doctor.findings import diagnosis_notice
             from ..report.html import notice_bundle
 
             diagnosis = self.session.doctor(names=use.user_ns, shell=self.shell)

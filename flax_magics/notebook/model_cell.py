@@ -157,8 +157,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     call = use["check"]
     if call is None:
         return ()
-    from ..execution.call import Call
-    from ..execution.idioms import Translation
+    from ..execution.call import Call, Translation
     from ..state.models import new_entry
     from ..summary.summary import check_call
     from .notebook import ModelCall

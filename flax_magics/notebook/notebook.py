@@ -303,7 +303,7 @@ class Notebook:
         error = session.autosaving.news()
         if error is not None:
             from ..report.html import notice_bundle
-            from ..snapshot.view import autosave_failed
+            from ..snapshot.save import autosave_failed
 
             self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
 

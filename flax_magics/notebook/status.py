@@ -16,13 +16,12 @@ from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
 from ..line.commands import COMMANDS, restart_line
-from ..mesh.view import cells
+from ..mesh.methods import cells
 from ..report.html import render, shown_bundle
 from ..report.text import Notice, line_of
 from ..rng.keys import short_key
 from ..run import Note
-from ..snapshot.save import Autosave
-from ..snapshot.view import clock
+from ..snapshot.save import Autosave, clock
 from ..state.state import Restart
 
 if TYPE_CHECKING:

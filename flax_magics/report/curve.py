@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from msgspec import Struct
 
-from ..base.curve import Curve
+from ..base.measures import Curve
 from ..base.text import cell_len, clean, count, cut, plural, seconds, table, width
 from ..base.types import HostArray
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
-from ..base.curve import ROW_ORDER
 from ..base.digest import data_of, describe, is_gone
+from ..base.measures import ROW_ORDER
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share, three_digits
 from ..base.types import Leaf
 from ..rng.keys import SPLIT, StepDraw, short_key, stream_tag

@@ -17,7 +17,7 @@ from msgspec import Struct
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from ..run import RELEASED, Face, like
-from . import curve, facts, layers, mesh, text
+from . import curve, facts, tables, text
 from .facts import Level, Phase
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def report_html(run: Run, level: Level, working: str = "") -> str:
         "values": facts.values_of(run),
         "mesh": None
         if run.mesh is None or working
-        else (mesh.drawing(run.mesh.axes, run.mesh.devices), mesh.rows(run.mesh)),
-        "layers": layers.table(run.layers, run.model or "") if run.layers else None,
+        else (tables.mesh_drawing(run.mesh.axes, run.mesh.devices), tables.mesh_rows(run.mesh)),
+        "layers": tables.gradient_table(run.layers, run.model or "") if run.layers else None,
         "working": working,
         "curve": None if run.trained is None else curve.context(run.trained),
     }

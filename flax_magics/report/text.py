@@ -17,9 +17,8 @@ from msgspec.structs import replace
 from ..base.text import cell_len, clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
 from ..base.threads import uninterrupted
 from ..run import recorded
-from . import curve, facts, mesh
+from . import curve, facts, tables
 from .facts import Level, Row
-from .layers import lines
 
 if TYPE_CHECKING:
     from ..cells.journal import Registered
@@ -83,7 +82,7 @@ def normal(run: Run) -> str:
 def tables_of(run: Run) -> list[str]:
     """The course of a training, and the table of gradients by module; empty for any other run."""
     of_training = [] if run.trained is None else curve.lines(run.trained)
-    return of_training + (lines(run.layers, run.model or "") if run.layers else [])
+    return of_training + (tables.gradient_lines(run.layers, run.model or "") if run.layers else [])
 
 
 def details(run: Run) -> str:
@@ -102,8 +101,8 @@ def details(run: Run) -> str:
     if run.mesh is not None:
         lines += [
             f"  mesh {clean(run.mesh.name)}",
-            *mesh.lines(run.mesh.axes, run.mesh.devices, "    "),
-            *columns(mesh.rows(run.mesh)),
+            *tables.mesh_lines(run.mesh.axes, run.mesh.devices, "    "),
+            *columns(tables.mesh_rows(run.mesh)),
         ]
     code = clean_lines(run.by_hand)
     if code:

@@ -9,8 +9,8 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.curve import Curve, Evaluation, Task
 from ..base.files import Damaged
+from ..base.measures import Curve, Evaluation, Task
 from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError
 from ..state.training import Position, SavedTraining, Training

@@ -22,13 +22,13 @@ from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.calls import Arguments, Path
 from ..models.construction import spell_construction
 from ..run import Note, Run
-from .budget import ReplayBudget, checked_limit
 from .entry import ModelEntry, by_kind
 from .models import register
 from .runs import Runs, calls_by_cell, length, newest
+from .state import ReplayBudget, checked_limit
 
 if TYPE_CHECKING:
-    from ..base.curve import Curve
+    from ..base.measures import Curve
     from ..compile.cache import ProgramSpec
     from .state import SavedModel, State
 

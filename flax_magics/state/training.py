@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..base.curve import Curve, Evaluation, Task
+from ..base.measures import Curve, Evaluation, Task
 from ..base.types import PyTree
 from ..rng.keys import Draw
 

@@ -18,7 +18,7 @@ from ..base.measures import default_device
 from ..base.text import plural
 from ..base.threads import forked_workers
 from ..base.types import HostArray, PyTree
-from ..compile.limits import free_bytes
+from ..compile.compiler import free_bytes
 from ..compile.placement import DATA, Placement
 from ..errors import FlaxMagicsError, written
 from ..line.call import plain_name

@@ -1,6 +1,6 @@
-"""Why a gradient is zero, or not finite: the module, the line and the value that made it so.
+"""Gradients by module, and why one is zero, or not finite: the module, the line and the value that made it so.
 
-Both are told from the very program that ran, traced once more with its modules recorded and evaluated equation by
+The reasons are told from the very program that ran, traced once more with its modules recorded and evaluated equation by
 equation. It takes seconds rather than milliseconds, and happens only where there is something to explain.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend.core import Jaxpr
 from msgspec.structs import replace
 
+from ..base.digest import is_spread
 from ..base.measures import LayerGradient
 from ..base.private import frames_of
 from ..base.text import join, plural
@@ -27,13 +28,78 @@ from ..compile.cache import Program
 from ..compile.jaxpr import Atom, Equation
 from ..compile.trace import TracedCall, TraceRequest, inputs_of, trace_call
 from ..execution.execute import Execution
+from ..models.base import Variables
 from ..models.calls import Calls, Kwargs, Path
 from ..rng.keys import Words
 from ..run import Note, Run
-from . import layers
 from .evaluation import Culprit, Level, culprit_of, is_bad
-from .loss import Gradients
+from .loss import Gradients, Loss
 from .step import Step
+
+
+def parameter_paths(loss: Loss, variables: Variables) -> Iterator[Path]:
+    """The path of each parameter, its own name last."""
+    return (path for path, _ in _parameters(loss, variables))
+
+
+def frozen_modules(loss: Loss, variables: Variables) -> set[Path]:
+    """The modules of which some parameters are frozen."""
+    trained = {path for path, _ in loss.rows(loss.as_users(loss.parameters(variables)))}
+    return {path[:-1] for path in parameter_paths(loss, variables) if path not in trained}
+
+
+def _parameters(loss: Loss, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
+    kinds = loss.trainable()
+    trainable = {name: tree for name, tree in variables.items() if name in kinds}
+    for name, path, leaf, _ in loss.iter_variables(trainable):
+        if name in kinds:
+            yield path, leaf
+
+
+def _gradients(gradients: Gradients, loss: Loss) -> dict[Path, list[Leaf]]:
+    """The gradient of each parameter that has one, by path; several arrays for a box that holds several."""
+    by_path: dict[Path, list[Leaf]] = {}
+    for path, leaf in loss.rows(gradients.grads):
+        by_path.setdefault(path, []).extend(jax.tree_util.tree_leaves(leaf))
+    return by_path
+
+
+def layer_gradients(gradients: Gradients, loss: Loss, variables: Variables) -> tuple[LayerGradient, ...]:
+    """One row for each module that holds parameters, in the order of the variables."""
+    classes, measured = loss.module_classes(), _gradients(gradients, loss)
+    rows: dict[Path, list[LayerGradient]] = {}
+    for path, weight in _parameters(loss, variables):
+        owner, parts = path[:-1], measured.get(path)
+        gradient = parts.pop(0) if parts else None
+        rows.setdefault(owner, []).append(_measured(weight, gradient))
+    return tuple(LayerGradient.of_all(parts, path, classes.get(path, "")) for path, parts in rows.items())
+
+
+def _measured(weight: Leaf, gradient: PyTree) -> LayerGradient:
+    """The row of one parameter alone."""
+    size = int(np.size(weight))
+    if gradient is None:
+        return LayerGradient((), "", size, frozen=size)
+    if is_spread(gradient) or is_spread(weight):
+        return LayerGradient((), "", size)
+    values = _wide(gradient)
+    return LayerGradient(
+        (),
+        "",
+        size,
+        0,
+        float(np.vdot(values, values).real),
+        float(np.vdot(_wide(weight), _wide(weight)).real),
+        int(values.size - np.count_nonzero(values)),
+        int(values.size - np.count_nonzero(np.isfinite(values))),
+    )
+
+
+def _wide(array: Leaf) -> np.ndarray[Any, Any]:
+    """The array in double precision on the host: squares of float32 would overflow from 1e19 on."""
+    values = np.asarray(array)
+    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64).ravel()
+
 
 ROWS = 4
 """How many rows of a batch are named."""
@@ -104,7 +170,7 @@ def why_of_step(
         evaluated = Evaluated(request, keys, {} if rows is None else dict.fromkeys(step.batched, rows))
         gradients = evaluated.gradients
         if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
-            return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
+            return _not_finite(loss, layer_gradients(gradients, step.loss, request.variables), evaluated)
         params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
         changed = params if step.takes_loss else step.updated(params, grads, opt_state)[0]
         paths = jax.tree_util.tree_flatten_with_path(changed)[0]

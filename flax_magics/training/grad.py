@@ -30,7 +30,7 @@ from ..run import Note, Run, like
 from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
-from . import diagnosis, layers
+from . import diagnosis
 from .loss import METHOD, Loss, OtherNet, check_arguments
 from .mistakes import mistakes_told, without_net
 from .nets import is_frozen
@@ -144,7 +144,7 @@ def grad_model(
         first=state.runs is None,
         registered="" if name in state.models else entry.model.describe(),
     )
-    rows = layers.of(gradients, loss, execution.built.request.variables)
+    rows = diagnosis.layer_gradients(gradients, loss, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
     remarks = list(_notes(execution, loss, run, entry, [other.name for other in ready.read]))
@@ -227,7 +227,7 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
 
 def of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:
     """Patterns that match no parameter, with the nearest name of one."""
-    paths = list(layers.parameter_paths(loss, variables))
+    paths = list(diagnosis.parameter_paths(loss, variables))
     for pattern in loss.freeze:
         if pattern in loss.types(variables) or any(is_frozen("/".join(path), (pattern,)) for path in paths):
             continue

@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..base.curve import Curve, Evaluation
 from ..base.digest import bytes_of
+from ..base.measures import Curve, Evaluation
 from ..base.threads import Future, Interrupts, Unfinished, smallest
 from ..base.types import HostArray, Leaf
 from ..models.base import Variables
 from .data import Batch, Data
-from .group import Groups, StepProgram
+from .programs import Groups, StepProgram, Together
 from .step import StepResult, TrainState
-from .together import Together
 
 AHEAD = 2
 """How many steps the device is given ahead of what is known to be finished, at least."""

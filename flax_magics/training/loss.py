@@ -39,7 +39,7 @@ from ..models.base import (
 from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
 from ..models.switch import call_switches
 from ..report.html import render
-from ..report.layers import lines, table
+from ..report.tables import gradient_lines, gradient_table
 
 if TYPE_CHECKING:
     from ..base.measures import LayerGradient
@@ -77,13 +77,14 @@ class Gradients:
         return f"<Gradients: {', '.join(self._scalars)}>"
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *lines(self.layers, self.name)]) if self.layers else repr(self)
+        return "\n".join([repr(self), *gradient_lines(self.layers, self.name)]) if self.layers else repr(self)
 
     def _repr_html_(self) -> str | None:
         if not self.layers:
             return None
         return render(
-            "gradients.html", {"name": "gradients", "scalars": self._scalars, "layers": table(self.layers, self.name)}
+            "gradients.html",
+            {"name": "gradients", "scalars": self._scalars, "layers": gradient_table(self.layers, self.name)},
         )
 
     # In the order in which JAX flattens a dict: an export writes the digest of that dict, and it is the same.

@@ -12,8 +12,7 @@ import numpy as np
 from flax.core import unfreeze
 from msgspec.structs import replace
 
-from ..base.curve import ROW_ORDER, Curve
-from ..base.measures import MeshUse, Timing
+from ..base.measures import ROW_ORDER, Curve, MeshUse, Timing
 from ..base.text import clean, plural
 from ..base.threads import Interrupts, Overtaken
 from ..compile.cache import Services
@@ -30,22 +29,30 @@ from ..state.entry import ModelEntry, Replaced
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import PREVIOUS, WeightSource
-from . import by_hand, layers
 from . import data as training_data
+from . import diagnosis, record
 from .data import ArrayData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, of_freeze
-from .group import Groups
-from .look import Look
 from .loop import NotFinite, Schedule, TrainingLoop, started
 from .loss import Loss
 from .mistakes import mistakes_told, without_net
-from .options import completed, data_text, position_of, resumed_of, task_of
-from .programs import StepPrograms
-from .record import Progress, TrainingRecord
-from .resumption import change_of_mesh, changes_of, code_of, fitted_state, inputs_of, notes_of_resumed
+from .programs import Groups, StepPrograms, Together
+from .record import Look, Progress, TrainingRecord
+from .resumption import (
+    change_of_mesh,
+    changes_of,
+    code_of,
+    completed,
+    data_text,
+    fitted_state,
+    inputs_of,
+    notes_of_resumed,
+    position_of,
+    resumed_of,
+    task_of,
+)
 from .step import Step
-from .together import Together
 
 STILL = 50
 """After so many steps of the same loss something is wrong."""
@@ -162,7 +169,7 @@ class Trainer:
             arrays=isinstance(data, ArrayData),
             resumed=resumed,
             started=started,
-            spelling=by_hand.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
+            spelling=record.facts_of_training(bound, self.variables, self.traced, written_to, taken=self.taken),
             inputs=inputs,
             changes=changes,
             code=code,
@@ -297,9 +304,9 @@ class Trainer:
             remarks.append(Note("same key", f"`{name}` goes into every step: each has the same numbers"))
         if self.resumed is None:  # else it goes on with the keys of its own draw
             remarks += notes.of_keys(self.keys_in_call, seen, self.request.line)
-        frozen = layers.frozen_modules(self.loss, self.traced.request.variables)
+        frozen = diagnosis.frozen_modules(self.loss, self.traced.request.variables)
         remarks += notes_of_unused(self.traced, self.loss.trainable(), frozen)
-        modules = {path[:-1] for path in layers.parameter_paths(self.loss, self.traced.request.variables)} - frozen
+        modules = {path[:-1] for path in diagnosis.parameter_paths(self.loss, self.traced.request.variables)} - frozen
         remarks = without_net(self.ready.loss, remarks, len(modules))
         remarks += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None:

@@ -115,7 +115,7 @@ def test_what_it_raises_is_passed_on():
 
 
 def test_settings_of_this_thread_alone_keep_it_here():
-    from flax_magics.compile.program_keys import jax_settings
+    from flax_magics.compile.disk_cache import jax_settings
 
     def function() -> str:
         return threading.current_thread().name

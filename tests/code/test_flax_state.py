@@ -18,7 +18,7 @@ from flax import nnx
 from sessions import session_of, settle
 
 from flax_magics import Session
-from flax_magics.compile.program_keys import settings, settings_in_words
+from flax_magics.compile.disk_cache import settings, settings_in_words
 
 X = jax.random.normal(jax.random.key(42), (2, 4))
 

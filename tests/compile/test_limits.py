@@ -14,8 +14,8 @@ from by_hand import Ticks
 from sessions import session_of
 
 from flax_magics.base.measures import Cost, Memory, Steady
-from flax_magics.compile import limits as limits_module
-from flax_magics.compile.limits import cost_of, devices_in, dtype_of, limits, with_peak
+from flax_magics.compile import compiler as limits_module
+from flax_magics.compile.compiler import cost_of, devices_in, dtype_of, limits, with_peak
 
 
 def compiled(function: Any, *args: Any) -> Any:

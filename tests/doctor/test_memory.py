@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from runs_to_show import REUSED
 
 from flax_magics.base.measures import name_devices
-from flax_magics.doctor.memory import Holding, buffer_of, bytes_by_device, holdings, live_arrays, reached
+from flax_magics.doctor.findings import Holding, buffer_of, bytes_by_device, holdings, live_arrays, reached
 
 
 @dataclasses.dataclass(slots=True)

@@ -11,7 +11,7 @@ from sessions import session_of
 
 from flax_magics import FlaxMagicsError
 from flax_magics.base.measures import collectives_in
-from flax_magics.line.axes import read
+from flax_magics.line.options import mesh_axes
 
 HEAD = f"""
     import sys
@@ -349,7 +349,7 @@ def test_axes_that_are_none(text, said):
 
 
 def test_axes_are_read_with_commas_or_blanks():
-    assert read("data=4,model=2") == read("data=4 model=2") == {"data": 4, "model": 2}
+    assert mesh_axes("data=4,model=2") == mesh_axes("data=4 model=2") == {"data": 4, "model": 2}
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():

@@ -49,7 +49,7 @@ def test_what_matters_now_stands_beneath_the_first_report_of_a_kernel_once(noteb
 
 def test_a_check_that_fails_is_told_and_hides_no_other(notebook, monkeypatch):
     from flax_magics.doctor import methods
-    from flax_magics.doctor.finding import Check
+    from flax_magics.doctor.findings import Check
 
     def fails(_):
         raise AttributeError("no such setting")

@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from flax_magics.doctor import memory, methods
-from flax_magics.doctor.memory import buffer_of, reached
+from flax_magics.doctor import findings, methods
+from flax_magics.doctor.findings import buffer_of, reached
 from flax_magics.notebook import free
 
 NET = """%%flaxmodel net = Net()
@@ -35,8 +35,11 @@ def process_of_its_own(notebook, monkeypatch):
     """Leaves out what other tests of this process keep alive: their arrays, and their modules with all they lead to."""
     jax.clear_caches()
     gc.collect()
-    others, modules = memory.live_arrays(), set(sys.modules)  # held until the test ends: no memory is given to another
-    known, live = {*map(buffer_of, others.values())}, memory.live_arrays
+    others, modules = (
+        findings.live_arrays(),
+        set(sys.modules),
+    )  # held until the test ends: no memory is given to another
+    known, live = {*map(buffer_of, others.values())}, findings.live_arrays
 
     def made_since():
         return {number: array for number, array in live().items() if buffer_of(array) not in known}
@@ -45,7 +48,7 @@ def process_of_its_own(notebook, monkeypatch):
         return ((name, value) for name, value in users_modules(names) if name.rpartition(".")[0] not in modules)
 
     users_modules = methods.users_modules
-    for module in (memory, methods, free):
+    for module in (findings, methods, free):
         monkeypatch.setattr(module, "live_arrays", made_since)
     monkeypatch.setattr(methods, "users_modules", of_new_modules)
 
@@ -56,7 +59,7 @@ def alive(notebook):
 
     def count():
         gc.collect()
-        live = memory.live_arrays()
+        live = findings.live_arrays()
         users = {name: value for name, value in notebook.shell.user_ns.items() if not name.startswith("_")}
         session, stops = notebook.session, {id(notebook.shell), id(notebook.shell.user_ns), id(notebook.session)}
         entries = {} if session is None else session._state.models

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 from runs_to_show import CURVE, INTERRUPTED, TRAINED, UNDER_WAY
 
-from flax_magics.base.curve import STORED, Curve, Evaluation, Task
+from flax_magics.base.measures import STORED, Curve, Evaluation, Task
 from flax_magics.report.curve import BUCKETS, lines, picture, rates, sparkline
 from flax_magics.report.html import bundle, level, progress_bundle, report_html
 from flax_magics.report.text import normal, progress_line, report

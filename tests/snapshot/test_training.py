@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.base.curve import Curve, Evaluation
+from flax_magics.base.measures import Curve, Evaluation
 from flax_magics.run import like
 from flax_magics.snapshot import format
 from flax_magics.state.runs import RunLog, StoredRun

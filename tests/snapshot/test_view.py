@@ -11,8 +11,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 
 from flax_magics.run import Note
-from flax_magics.snapshot.save import Restored
-from flax_magics.snapshot.view import SHORT, loaded_bundle, loaded_html, loaded_text
+from flax_magics.snapshot.save import SHORT, Restored, loaded_bundle, loaded_html, loaded_text
 from flax_magics.state.state import SavedModel
 
 NET = SavedModel("net", "linen", "Net(3)", "class Net(nn.Module):\n  pass", {})

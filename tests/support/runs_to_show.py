@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from flax_magics.base.curve import Curve, Evaluation
-from flax_magics.base.measures import Memory, Steady, Timing
+from flax_magics.base.measures import Curve, Evaluation, Memory, Steady, Timing
 from flax_magics.rng.keys import RootKey
 from flax_magics.run import InitStats, Note, Run, like
 

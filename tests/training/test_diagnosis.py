@@ -245,7 +245,7 @@ def test_a_search_that_fails_costs_nothing_but_the_reason(monkeypatch):
     data = X.at[1, 2].set(jnp.nan)
     monkeypatch.setattr("flax_magics.training.diagnosis.culprit_of", fails)
     assert said(Net(nn.relu), data) == ["the loss is NaN"]
-    monkeypatch.setattr("flax_magics.training.diagnosis.layers.of", fails)
+    monkeypatch.setattr("flax_magics.training.diagnosis.layer_gradients", fails)
     with pytest.raises(FlaxMagicsError) as error:
         session_of(Net(nn.relu)).train(loss, "net", data, optimizer=optax.sgd(0.1), steps=1)
     assert str(error.value) == "step 0 is not finite and was not taken: the loss is NaN"

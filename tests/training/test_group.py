@@ -15,10 +15,9 @@ from msgspec.structs import replace
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
-from flax_magics.training import group
+from flax_magics.training import programs
 from flax_magics.training.data import ArrayData, BatchData
-from flax_magics.training.group import Groups
-from flax_magics.training.programs import StepPrograms
+from flax_magics.training.programs import Groups, StepPrograms
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -80,7 +79,7 @@ def loss(net: Any, batch: Any, train: bool) -> Any:
 
 def goes_on_in_groups(session: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:
     """Has the next `--resume` try groups of that size at once; returns the steps that programs will be given."""
-    monkeypatch.setattr(group, "FASTER", 1e9)
+    monkeypatch.setattr(programs, "FASTER", 1e9)
     begin, bound, given = StepPrograms.begin, StepPrograms._bound, list[int]()
 
     def begin_and_wait(programs: StepPrograms, batch: Any) -> Any:
@@ -225,14 +224,14 @@ def test_a_group_lies_on_the_grid_of_its_epoch(batch, step, until, begins):
 
 
 def test_a_group_with_other_bits_is_not_used(monkeypatch):
-    monkeypatch.setattr(group, "FASTER", 1e9)
+    monkeypatch.setattr(programs, "FASTER", 1e9)
     data = ArrayData("data", {"x": np.zeros((4, 2), np.float32)}, None)
 
     def program(state: Any, number: int, batch: Any) -> Any:
         many = batch.steps > 1
         state = state + batch.steps + 1e-3 * (many and wrong)
         value = np.arange(number, number + batch.steps) if many else np.asarray(number)
-        return group.StepResult(state, jax.numpy.asarray(value), {}, jax.numpy.asarray(value > -1))
+        return programs.StepResult(state, jax.numpy.asarray(value), {}, jax.numpy.asarray(value > -1))
 
     for wrong in (False, True):
         groups = Groups(data, lambda batch: lambda: program, lambda: 0.0, 2)

@@ -12,7 +12,7 @@ from html_reader import Reader
 from sessions import session_of
 
 from flax_magics.base.measures import LayerGradient
-from flax_magics.report.layers import lines, table
+from flax_magics.report.tables import gradient_lines, gradient_table
 
 X = jax.random.normal(jax.random.key(0), (3, 8))
 
@@ -49,7 +49,7 @@ def layer(*path: str, norm: float = 1.0, zeros: int = 0, bad: int = 0, frozen: i
 
 def test_equal_blocks_are_one_row_with_a_range():
     blocks = [layer(f"Block_{n}", "Dense_0", norm=float(n + 1), zeros=n % 2) for n in range(12)]
-    assert lines([layer("head"), *blocks], "net") == [
+    assert gradient_lines([layer("head"), *blocks], "net") == [
         "  module                            params  gradient  of weights     zeros",
         "  net                                  130      25.5        3.54       5 %",
         "    Block_0 … Block_11  12 × Block      10    1 … 12     0.5 … 6  0 … 10 %",
@@ -59,7 +59,7 @@ def test_equal_blocks_are_one_row_with_a_range():
 
 
 def test_a_frozen_module_and_one_that_is_not_finite():
-    rows = lines([layer("a", frozen=10), layer("b", norm=float("nan"), bad=3)], "net")
+    rows = gradient_lines([layer("a", frozen=10), layer("b", norm=float("nan"), bad=3)], "net")
     assert rows == [
         "  module  params  gradient  of weights  zeros",
         "  net         20       NaN         NaN    0 %",
@@ -70,16 +70,16 @@ def test_a_frozen_module_and_one_that_is_not_finite():
 
 def test_deep_models_are_cut_at_a_level_and_say_so():
     deep = [layer(f"a{n}_x", f"b{m}_y", f"c{k}_z") for n in range(3) for m in range(4) for k in range(5)]
-    assert lines(deep, "net")[-1] == "  1 deeper level counted in"
-    assert len(table(deep, "net")["rows"]) <= 40  # type: ignore[arg-type]
+    assert gradient_lines(deep, "net")[-1] == "  1 deeper level counted in"
+    assert len(gradient_table(deep, "net")["rows"]) <= 40  # type: ignore[arg-type]
 
 
 def test_the_text_fits_80_columns():
     wide = [layer("a_module_with_a_very_long_name_of_its_own" * 2, "and_another_one_inside_of_it", norm=1e-7)]
-    assert max(map(len, lines(wide, "net"))) <= 80
+    assert max(map(len, gradient_lines(wide, "net"))) <= 80
 
 
 def test_bars_are_as_long_as_norms():
-    rows: Any = table([layer("a", norm=3.0), layer("b", norm=4.0)], "net")["rows"]
+    rows: Any = gradient_table([layer("a", norm=3.0), layer("b", norm=4.0)], "net")["rows"]
     assert [(name, round(share, 3)) for name, *_, share in rows] == [("net", 1.0), ("a", 0.6), ("b", 0.8)]
     assert jnp.isfinite(rows[0][-1])

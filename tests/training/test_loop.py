@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_magics.base.curve import Curve
+from flax_magics.base.measures import Curve
 from flax_magics.base.threads import Interrupts, Unfinished
 from flax_magics.training import loop
 from flax_magics.training.data import ArrayData, Batch
-from flax_magics.training.group import Groups
 from flax_magics.training.loop import NotFinite, Numbers, Schedule, TrainingLoop, started
+from flax_magics.training.programs import Groups
 from flax_magics.training.step import StepResult, TrainState
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from made import cell, run
 
 from flax_magics.errors import FlaxMagicsError
+from flax_magics.verify.command import Result, text, to_json
 from flax_magics.verify.compare import Tolerance, compare
 from flax_magics.verify.notebooks import runs_of
-from flax_magics.verify.report import Result, text, to_json
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 ANYTHING = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)

@@ -11,9 +11,9 @@ from made import HERE, VALUES, cell, notebook, run, sample
 from msgspec.structs import replace
 
 from flax_magics.errors import FlaxMagicsError
+from flax_magics.verify.command import Result, exit_status, text, to_json
 from flax_magics.verify.compare import Tolerance, compare
 from flax_magics.verify.notebooks import other_order, runs_of
-from flax_magics.verify.report import Result, exit_status, text, to_json
 
 OTHER_MACHINE = {"processor": "x86_64-B", "threads": 8}
 NUDGED = np.nextafter(VALUES, np.float32(9))

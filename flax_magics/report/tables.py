@@ -1,15 +1,26 @@
-"""Gradients by module as a table, in text and for HTML; modules that repeat are one row with the range of their numbers."""
+"""Gradients by module as a table, and a mesh drawn as one, in text and for HTML.
+
+Modules that repeat are one row with the range of their numbers. Beneath the mesh: what lives where, and what the devices
+send each other.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from ..base.measures import LayerGradient
-from ..base.text import cell_len, clean, count, natural, plural, repeats, share, width, wrap
+from ..base.text import bytes_, cell_len, clean, count, natural, plural, repeats, share, width, wrap
+from .facts import Row
+
+if TYPE_CHECKING:
+    from ..base.measures import Lies, MeshUse
+
 
 Path = tuple[str, ...]
 
@@ -160,7 +171,7 @@ def shown_rows(layers: Sequence[LayerGradient], name: str) -> tuple[list[tuple[G
     return list(root.shown(levels)), root.depth - levels
 
 
-def lines(layers: Sequence[LayerGradient], name: str) -> list[str]:
+def gradient_lines(layers: Sequence[LayerGradient], name: str) -> list[str]:
     """The table as text, in as many columns as there are."""
     rows, hidden = shown_rows(layers, name)
     texts = [LABELS, *(row.cells for row, _ in rows)]
@@ -177,7 +188,7 @@ def lines(layers: Sequence[LayerGradient], name: str) -> list[str]:
     return shown
 
 
-def table(layers: Sequence[LayerGradient], name: str) -> dict[str, object]:
+def gradient_table(layers: Sequence[LayerGradient], name: str) -> dict[str, object]:
     """What the template of the table takes: labels, and of each row name, class, level, cells and length of its bar."""
     rows, hidden = shown_rows(layers, name)
     norms = [row.norm for row, _ in rows if math.isfinite(row.norm)]
@@ -190,3 +201,52 @@ def table(layers: Sequence[LayerGradient], name: str) -> dict[str, object]:
             for row, level in rows
         ],
     }
+
+
+SHOWN = 64
+"""Of a mesh of more devices the first ones are drawn."""
+
+
+def mesh_drawing(axes: Sequence[tuple[str, int]], devices: Sequence[str]) -> list[tuple[str, ...]]:
+    """The mesh as rows of cells: its last axis from left to right, all others downwards."""
+    *down, (across, columns) = axes
+    devices = [clean(device) for device in devices]
+    shown = min(columns, SHOWN)
+    more = ("…",) if shown < columns else ()
+    rows = [("", *(f"{clean(across)} {n}" for n in range(shown)), *more)]
+    for number, place in enumerate(itertools.product(*(range(size) for _, size in down))):
+        if number and number * shown >= SHOWN:
+            return [*rows, ("…",)]
+        label = " ".join(f"{clean(name)} {n}" for (name, _), n in zip(down, place, strict=True))
+        rows.append((label, *devices[number * columns : number * columns + shown], *more))
+    return rows
+
+
+def mesh_rows(use: MeshUse) -> tuple[Row, ...]:
+    """Where inputs, variables and output live, with their bytes on each device, and what is sent between devices."""
+    collectives = use.collectives
+    sent = tuple(f"{times} × {clean(kind)}, {bytes_(size)}" for kind, times, size in collectives or ())
+    return (
+        Row("inputs", _lies(use.inputs)),
+        Row("vars", _lies(use.variables)),
+        Row("out", _lies(use.output)),
+        Row("sent", sent or (() if collectives is None else ("nothing between devices",))),
+    )
+
+
+def _lies(parts: Sequence[Lies]) -> tuple[str, ...]:
+    shown = tuple(f"{clean(part.name)} {clean(part.how)}, {bytes_(part.bytes)} a device".strip() for part in parts[:8])
+    return (*shown, f"and {len(parts) - 8} more") if len(parts) > 8 else shown
+
+
+def mesh_lines(axes: Sequence[tuple[str, int]], devices: Sequence[str], indent: str) -> list[str]:
+    """The drawing as text: what is too wide goes on below."""
+    labels, cells = zip(*((row[0], row[1:]) for row in mesh_drawing(axes, devices)), strict=True)
+    first, each = (max(map(cell_len, texts), default=0) for texts in (labels, [cell for row in cells for cell in row]))
+    many = max(1, (width() - len(indent) - first) // (each + 2))
+    parts = []
+    for begin in range(0, max(map(len, cells)), many):
+        for label, row in zip(labels, cells, strict=True):
+            shown = "".join(f"  {cell:{each}}" for cell in row[begin : begin + many])
+            parts.append(f"{indent}{label:{first}}{shown}".rstrip())
+    return parts
