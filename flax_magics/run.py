@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Struct
@@ -71,7 +71,7 @@ class Note(Struct, frozen=True, forbid_unknown_fields=True):
     write: str | None = None
     form: str | None = None
     edit: str | None = None
-    where: str = "model"
+    where: Annotated[str, msgspec.Meta(pattern=r"\A(model|loss)\Z")] = "model"
 
     @property
     def advice(self) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """The processes of a job: what they tell each other before they run a program together, and which of them have ended.
 
 They speak by the key-value store of JAX's coordinator, with a deadline. A collective could not tell that one of them does
-something else: it would wait for ever.
+something else: it would wait for ever. `Store` is that store, `Lives` looks who has ended, and `Processes` exchange and
+decide.
 """
 
 from __future__ import annotations
@@ -62,6 +63,85 @@ class Standing(Struct, frozen=True):
         return f"seed {self.seed}, draw {self.draw}, {self.what}{program}"
 
 
+class Store:
+    """The key-value store of JAX's coordinator, under keys of our own."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def get(self, key: str, seconds: float = 0.0) -> str | None:
+        """The value of a key, waited for so long; None where there is none."""
+        try:
+            if not seconds:
+                return str(self._client.key_value_try_get(f"{_KEYS}/{key}"))
+            return str(self._client.blocking_key_value_get(f"{_KEYS}/{key}", int(1000 * seconds)))
+        except Exception as error:
+            if "NOT_FOUND" in str(error) or "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise
+
+    def put(self, key: str, text: str) -> None:
+        """Sets the value of a key."""
+        self._client.key_value_set(f"{_KEYS}/{key}", text, allow_overwrite=True)
+
+    def put_first(self, key: str, text: str) -> str:
+        """Sets the value of a key that has none. Returns its value: that of the first to set it."""
+        try:
+            self._client.key_value_set(f"{_KEYS}/{key}", text)
+        except Exception as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            return self.get(key) or "{}"
+        return text
+
+    def under(self, place: object) -> dict[str, str]:
+        """Name → value, of the keys `place/name`."""
+        found = self._client.key_value_dir_get(f"{_KEYS}/{place}")
+        return {key.rpartition("/")[2]: text for key, text in found}
+
+    def forget(self, place: object) -> None:
+        """Deletes the keys `place/name`."""
+        self._client.key_value_delete(f"{_KEYS}/{place}/")
+
+
+class Lives:
+    """Which processes have ended: while one lives, its system takes connections for it, however busy it is."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._rank = store, rank
+        # Nobody is accepted, and nothing is said.
+        self._listens = socket.create_server((_own_address(), 0), backlog=128)
+        self._listens.setblocking(False)
+        host, port = self._listens.getsockname()[:2]
+        self._addresses = {rank: (str(host), int(port))}
+        store.put(f"address/{rank}", json.dumps([host, port]))
+
+    def close(self) -> None:
+        """Lets the others take this process for one that has ended."""
+        self._listens.close()
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a process is known to have ended: its system takes no connections for it any more."""
+        if rank == self._rank:
+            return False
+        with contextlib.suppress(OSError):
+            while True:  # those of other processes that have looked
+                self._listens.accept()[0].close()
+        if rank not in self._addresses:
+            address = self._store.get(f"address/{rank}")
+            if address is None:
+                return False
+            host, port = json.loads(address)
+            self._addresses[rank] = str(host), int(port)
+        try:
+            socket.create_connection(self._addresses[rank], REACH).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # its host cannot be reached, or not so: that proves nothing
+            return False
+        return False
+
+
 class Processes:
     """All processes of this job, and the place of this one among them.
 
@@ -70,21 +150,12 @@ class Processes:
     """
 
     def __init__(self, client: Any, rank: int, count: int) -> None:
-        self._client, self.rank, self.count = client, rank, count
+        self.rank, self.count, self._store = rank, count, Store(client)
+        self.lives = Lives(self._store, rank)
         self._number = 0
         """Of the next exchange; those that were given up before this process came to them are passed over."""
         self._agreed: int | None = None
         """The last exchange that all took part in, whose keys nobody reads any more once there is another."""
-        # Nobody is accepted, and nothing is said: while this process lives, the system takes connections for it.
-        self._listens = socket.create_server((_own_address(), 0), backlog=128)
-        self._listens.setblocking(False)
-        host, port = self._listens.getsockname()[:2]
-        self._addresses = {rank: (str(host), int(port))}
-        client.key_value_set(f"{_KEYS}/address/{rank}", json.dumps([host, port]), allow_overwrite=True)
-
-    def close(self) -> None:
-        """Lets the others take this process for one that has ended."""
-        self._listens.close()
 
     def agree(self, standing: Standing, waiting: Waiting) -> None:
         """Raises unless every process stands where this one does; see `gather`.
@@ -135,29 +206,29 @@ class Processes:
             )
             raise FlaxMagicsError(f"{what} was not begun: {outcome['why']}", hint="\n".join(rows))
         if self.rank == 0 and self._agreed is not None:
-            self._client.key_value_delete(f"{_KEYS}/{self._agreed}/")
+            self._store.forget(self._agreed)
         self._agreed = number
         return [outcome["said"][str(rank)] for rank in range(self.count)]
 
     def _exchanged(self, number: int, text: str, waiting: Waiting) -> dict[str, Any]:
         """How the exchange with that number ended."""
-        place, seconds = f"{_KEYS}/{number}", waiting.deadline
+        place, seconds = str(number), waiting.deadline
         until = time.monotonic() + seconds
         try:
-            self._client.key_value_set(f"{place}/{self.rank}", text, allow_overwrite=True)
+            self._store.put(f"{place}/{self.rank}", text)
             try:
                 while True:
                     missing = self._missing(place) if self.rank == 0 else []
                     if self.rank == 0 and not missing:
                         return self._decide(place)
-                    answer = self._get(f"{place}/{missing[0]}" if missing else f"{place}/outcome", SLICE)
+                    answer = self._store.get(f"{place}/{missing[0]}" if missing else f"{place}/outcome", SLICE)
                     outcome = None if missing else answer
                     if answer is None:
                         waiting.on_phase("waiting for the other processes")
-                        ended = [rank for rank in self._missing(place) if self.has_ended(rank)]
+                        ended = [rank for rank in self._missing(place) if self.lives.has_ended(rank)]
                         if ended or time.monotonic() > until:
                             return self._decide(place, ended, seconds)
-                        outcome = self._get(f"{place}/outcome")  # process 0 comes late to one that was given up
+                        outcome = self._store.get(f"{place}/outcome")  # process 0 comes late to one that was given up
                     if outcome is not None:
                         decided: dict[str, Any] = json.loads(outcome)
                         return decided
@@ -171,7 +242,7 @@ class Processes:
             raise FlaxMagicsError(message) from None
 
     def _missing(self, place: str) -> list[int]:
-        said = {key.rpartition("/")[2] for key, _ in self._client.key_value_dir_get(place)}
+        said = self._store.under(place)
         return [rank for rank in range(self.count) if str(rank) not in said]
 
     def _decide(
@@ -182,7 +253,7 @@ class Processes:
         Args:
           seconds: that some process was waited for in vain; None where all have answered.
         """
-        said = {key.rpartition("/")[2]: text for key, text in self._client.key_value_dir_get(place)}
+        said = self._store.under(place)
         said.pop("outcome", None)
         silent = [rank for rank in range(self.count) if str(rank) not in said and rank not in ended]
         if ended:
@@ -193,24 +264,8 @@ class Processes:
                 " wait for ever. A cell runs in every process (`%%px`); %config FlaxMagics.deadline is how long it waits."
             )
         outcome = {"said": said, "silent": silent, "ended": list(ended), "why": why}
-        try:
-            self._client.key_value_set(f"{place}/outcome", json.dumps(outcome))
-        except Exception as error:
-            if "ALREADY_EXISTS" not in str(error):
-                raise
-            outcome = json.loads(self._get(f"{place}/outcome") or "{}")
-        return outcome
-
-    def _get(self, key: str, seconds: float = 0.0) -> str | None:
-        """The value of a key, waited for so long; None where there is none."""
-        try:
-            if not seconds:
-                return str(self._client.key_value_try_get(key))
-            return str(self._client.blocking_key_value_get(key, int(1000 * seconds)))
-        except Exception as error:
-            if "NOT_FOUND" in str(error) or "DEADLINE_EXCEEDED" in str(error):
-                return None
-            raise
+        decided: dict[str, Any] = json.loads(self._store.put_first(f"{place}/outcome", json.dumps(outcome)))
+        return decided
 
     # -- steps that are done together
 
@@ -232,40 +287,16 @@ class Processes:
 
     def check_stopped(self, what: str) -> None:
         """Raises FlaxMagicsError where another process has stopped, for whose next step this one would wait for ever."""
-        for key, text in self._client.key_value_dir_get(f"{_KEYS}/{self._number}"):
-            rank = key.rpartition("/")[2]
+        for rank, text in self._store.under(self._number).items():
             if rank.isdecimal() and "steps" in json.loads(text):
                 raise FlaxMagicsError(f"{what} ends here: process {rank} {_told(text)}.")
-
-    # -- who has ended
-
-    def has_ended(self, rank: int) -> bool:
-        """Whether a process is known to have ended: its system takes no connections for it any more."""
-        if rank == self.rank:
-            return False
-        with contextlib.suppress(OSError):
-            while True:  # those of other processes that have looked
-                self._listens.accept()[0].close()
-        if rank not in self._addresses:
-            address = self._get(f"{_KEYS}/address/{rank}")
-            if address is None:
-                return False
-            host, port = json.loads(address)
-            self._addresses[rank] = str(host), int(port)
-        try:
-            socket.create_connection(self._addresses[rank], REACH).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:  # its host cannot be reached, or not so: that proves nothing
-            return False
-        return False
 
     def why_failed(self, what: str) -> FlaxMagicsError | None:
         """The error for a program that failed because processes have ended; None where all of them live.
 
         What JAX says of that names a port.
         """
-        ended = [rank for rank in range(self.count) if self.has_ended(rank)]
+        ended = [rank for rank in range(self.count) if self.lives.has_ended(rank)]
         if not ended:
             return None
         hint = "%flax_mesh off goes on in one process"
@@ -327,6 +358,6 @@ def processes_of(devices: Sequence[jax.Device]) -> Processes | None:
         )
     if _known is None or _known[0] is not client:
         if _known is not None:
-            _known[1].close()
+            _known[1].lives.close()
         _known = client, Processes(client, jax.process_index(), jax.process_count())
     return _known[1]

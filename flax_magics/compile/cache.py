@@ -247,6 +247,7 @@ class ProgramCache:
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
         text_key, trees = self.by_equations.get(equations, (None, None))
         executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
+        lowered: jax.stages.Lowered | None = None
         if executable is not None or future is not None:
             self.by_equations.move_to_end(equations)
         else:
@@ -269,7 +270,7 @@ class ProgramCache:
                     self.compiling.pop(forgotten, None)
                 future = self.compiling[text_key] = self.compiler.start(lowered, shared_key, looks(request))
         assert trees is not None  # they are kept with the program's text
-        digest = digest_of(text_key if shareable else None, traced)
+        digest = digest_of(text_key if shareable else None, lowered)
         return PendingProgram(key, call, trees, text_key, digest, shareable, executable, future, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
@@ -361,7 +362,7 @@ class ProgramCache:
         future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
         if future is not None:
             self.compiling[text_key] = future
-        return Compiling(executable, future, timing, text_key, trees if key else None, digest_of(key, traced))
+        return Compiling(executable, future, timing, text_key, trees if key else None, digest_of(key, lowered))
 
     def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
         """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""

@@ -149,18 +149,19 @@ def program_key(traced: jax.stages.Traced, lowered: jax.stages.Lowered, where: H
     return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
 
 
-def digest_of(key: Hashable | None, traced: jax.stages.Traced) -> str:
-    """A digest of a traced program that all processes of a job have alike, empty in a job of one.
+def digest_of(key: Hashable | None, lowered: jax.stages.Lowered | None) -> str:
+    """A digest of a program that all processes of a job have alike, empty in a job of one.
 
     Args:
-      key: its `program_key`.
+      key: its `program_key`; None only where `lowered` is given.
     """
     if jax.process_count() == 1:
         return ""
     if isinstance(key, tuple):
         return str(key[0])
+    assert lowered is not None
     # What the text has of a host callback is an address.
-    return hashlib.sha256(re.sub(r"[0-9]{6,}", "", traced.lower().as_text()).encode()).hexdigest()
+    return hashlib.sha256(re.sub(r"[0-9]{6,}", "", lowered.as_text()).encode()).hexdigest()
 
 
 def hashable(key: Hashable) -> Hashable | None:

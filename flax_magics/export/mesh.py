@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
+import jax
+
 from ..base.measures import MeshUse
 from ..compile.placement import DATA, names_in_tree
+from ..line.call import Argument
 from ..line.options import mesh_axes
 from .context import CommandLines, ScriptModel
 from .functions import CannotSay, SplitArguments
 
 CUT, WHOLE = f"cut over {DATA}", "whole on each"
 """How `MeshUse` says that the leading axis of an array is cut, and that each device has all of it."""
+STARRED = "its starred arguments have no lines on a mesh"
 
 
 def mesh_lines(command: CommandLines) -> list[str]:
@@ -85,8 +92,6 @@ def variables_on_mesh(command: CommandLines) -> list[str]:
     use, model, context = mesh_of(command), command.model, command.context
     if use is None or command.options.get("variables") is not None:
         return []
-    if command.options.get("eager"):
-        raise CannotSay("what runs op by op on a mesh has no lines yet")
     if not command.site.path:
         if model.name in context.laid_out and not command.initialising:
             return []
@@ -94,7 +99,8 @@ def variables_on_mesh(command: CommandLines) -> list[str]:
     whole = names_of(command)[2]
     if all(lies.how == WHOLE for lies in use.variables):
         return [_put(command, model, whole)]
-    return [_put(command, model, _annotated(command, model, use))]
+    tree = f"nnx.state({model.name})" if model.holds else model.variables
+    return [_put(command, model, _annotated(command, tree))]
 
 
 def _put(command: CommandLines, model: ScriptModel, where: str) -> str:
@@ -106,14 +112,14 @@ def _put(command: CommandLines, model: ScriptModel, where: str) -> str:
     return f"nnx.update({model.name}, jax.device_put(nnx.state({model.name}), {where}))"
 
 
-def _annotated(command: CommandLines, model: ScriptModel, use: MeshUse) -> str:
-    """The shardings by a model's annotations, as an expression."""
-    mesh = names_of(command)[0]
-    names = names_in_tree(model.loaded) if not model.holds else None
-    if names is None or not names <= {name for name, _ in use.axes}:
+def _annotated(command: CommandLines, tree: str) -> str:
+    """The shardings of a tree by the annotations of the command's model, as an expression."""
+    use, model, needs = mesh_of(command), command.model, command.writer.needs
+    loaded = sys.modules["flax.nnx"].state(model.module) if model.holds else model.loaded
+    if use is None or not names_in_tree(loaded) <= {name for name, _ in use.axes}:
         raise CannotSay("its variables lie on the mesh as plain lines do not put them")
-    command.writer.needs |= {"nn", "jax"}
-    return f"nn.get_sharding({model.variables}, {mesh})"
+    needs |= {"nnx" if model.holds else "nn", "jax"}
+    return f"{'nnx.get_named_sharding' if model.holds else 'nn.get_sharding'}({tree}, {names_of(command)[0]})"
 
 
 def arguments_on_mesh(command: CommandLines, arguments: SplitArguments) -> None:
@@ -125,19 +131,42 @@ def arguments_on_mesh(command: CommandLines, arguments: SplitArguments) -> None:
     use = mesh_of(command)
     if use is None:
         return
-    _, cut, whole = names_of(command)
     for place, (written, path) in enumerate(zip(arguments.outside, arguments.paths, strict=True)):
-        inside = [
-            lies.how for lies in use.inputs if lies.name == path or lies.name.startswith((f"{path}[", f"{path}."))
-        ]
-        if written.startswith("*"):
-            raise CannotSay("its starred arguments have no lines on a mesh")
-        ways = {CUT: cut, WHOLE: whole}
-        if len(set(inside)) > 1:
-            raise CannotSay(f"parts of `{written}` are cut over the mesh, and others are not")
-        # What the user has laid out lies where the cells have put it.
-        if inside and inside[0] in ways:
-            arguments.outside[place] = f"jax.device_put({written}, {ways[inside[0]]})"
+        arguments.outside[place] = _on_mesh(command, use, written, path)
+
+
+def written_on_mesh(command: CommandLines) -> list[Argument]:
+    """The arguments of the command's call as a cell has them, put on the mesh where its runs had them there.
+
+    Raises:
+      CannotSay: see `arguments_on_mesh`.
+    """
+    use, facts = mesh_of(command), command.facts
+    if use is None:
+        return list(command.call.arguments)
+    unnamed = itertools.chain(facts.parameters, (f"argument_{place}" for place in itertools.count()))
+    containers, arguments = dict(facts.containers), list[Argument]()
+    for name, written in command.call.arguments:
+        if name in ("*", "**"):
+            raise CannotSay(STARRED)
+        leaf = next(unnamed) if name is None else name
+        moved = written if leaf in facts.static else _on_mesh(command, use, written, leaf)
+        if moved != written and leaf in containers and any(map(containers[leaf].has, ("choice", "other"))):
+            raise CannotSay(f"parts of `{written}` are no arrays, and others lie on the mesh")
+        arguments.append((name, moved))
+    return arguments
+
+
+def _on_mesh(command: CommandLines, use: MeshUse, written: str, path: str) -> str:
+    """A value that is put on the mesh as the runs had it; the value itself where the user has laid it out."""
+    if written.startswith("*"):
+        raise CannotSay(STARRED)
+    _, cut, whole = names_of(command)
+    how = {lies.how for lies in use.inputs if lies.name == path or lies.name.startswith((f"{path}[", f"{path}."))}
+    if len(how) > 1:
+        raise CannotSay(f"parts of `{written}` are cut over the mesh, and others are not")
+    where = {CUT: cut, WHOLE: whole}.get(next(iter(how), ""))
+    return f"jax.device_put({written}, {where})" if where else written
 
 
 def updates_on_mesh(command: CommandLines, value: str) -> list[str]:
@@ -149,20 +178,27 @@ def updates_on_mesh(command: CommandLines, value: str) -> list[str]:
 class TrainingOnMesh:
     """What a mesh adds to the lines of a training: where data, batches and state are put.
 
+    Args:
+      begins: the lines are those of its first steps.
+
     Raises:
-      CannotSay: variables are cut as they are annotated, or the training went on on other devices.
+      CannotSay: the training goes on that was begun on another mesh, or without one, whose state has to be moved.
     """
 
-    def __init__(self, command: CommandLines) -> None:
-        use = mesh_of(command)
+    def __init__(self, command: CommandLines, *, begins: bool) -> None:
+        use, run, spare = mesh_of(command), command.runs[-1], command.writer.spare
         self.is_used, self._command = use is not None, command
+        axes, begun = mesh_axes(command.context.mesh or "data=1"), f"mesh of {command.model.name}'s training"
+        is_single = all(size == 1 or (size == -1 and jax.device_count() == 1) for size in axes.values())
+        mesh = "" if is_single else command.context.mesh
+        # Of a training that went on, the run knows where its last steps were.
+        elsewhere = run.trained is not None and run.trained.task.parts and self.is_used != bool(mesh)
+        if elsewhere or (not begins and spare.get(begun, "") != mesh):
+            raise CannotSay("a training that goes on on other devices than it was begun on has no lines yet")
+        spare[begun] = mesh
         if use is None:
             return
-        if any(lies.how != WHOLE for lies in use.variables):
-            raise CannotSay("a training of variables that are cut over a mesh has no lines yet")
-        run = command.runs[-1]
-        if run.trained is not None and run.trained.task.parts:
-            raise CannotSay("a training that goes on on a mesh has no lines yet")
+        self._is_cut = any(lies.how != WHOLE for lies in use.variables)
         self.mesh, self.cut, self.whole = names_of(command)
         self._may_be_whole = any(note.kind == "mesh" for note in run.notes)
 
@@ -193,8 +229,15 @@ class TrainingOnMesh:
 
     def state(self, state: str) -> str:
         """The state after a step, laid out as that before it."""
-        return f"jax.lax.with_sharding_constraint({state}, {self.whole})" if self.is_used else state
+        if not self.is_used:
+            return state
+        where = _annotated(self._command, "old") if self._is_cut else self.whole
+        return f"jax.lax.with_sharding_constraint({state}, {where})"
 
-    def opt_state(self, state: str) -> str:
-        """The optimizer's state before the first step."""
-        return f"jax.device_put({state}, {self.whole})" if self.is_used else state
+    def opt_state(self, name: str, state: str) -> list[str]:
+        """The lines that make the optimizer's state before the first step."""
+        if not self.is_used:
+            return [f"{name} = {state}"]
+        if not self._is_cut:
+            return [f"{name} = jax.device_put({state}, {self.whole})"]
+        return [f"{name} = {state}", f"{name} = jax.device_put({name}, {_annotated(self._command, name)})"]

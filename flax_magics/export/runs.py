@@ -10,7 +10,7 @@ from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build
 from .context import CommandLines
 from .functions import CannotSay, SplitArguments, as_written, split
-from .mesh import arguments_on_mesh, mesh_of, updates_on_mesh, variables_on_mesh
+from .mesh import arguments_on_mesh, mesh_of, updates_on_mesh, variables_on_mesh, written_on_mesh
 from .writer import LineWriter, call, indented, label_of
 
 Keys = Mapping[str, str]
@@ -95,7 +95,7 @@ def apply_linen(command: CommandLines) -> list[str]:
 def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
     """The call of the jitted function, or with `--eager` of `apply` itself."""
     if command.options["eager"]:
-        return call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
+        return call(*_apply_items(command, keys, as_written(written_on_mesh(command)), variables))
     writer, name, facts, samples = command.writer, command.model.name, command.facts, command.options["samples"]
     inside = {stream: f"{stream}_key" for stream in keys}
     one = list(inside.values())
@@ -316,7 +316,7 @@ def _nnx_call(command: CommandLines, keys: Keys, module: str) -> str:
     options, facts, rngs = command.options, command.facts, _rngs(command, keys)
     handed = [f"rngs={rngs}"] if rngs else []
     if options["eager"]:
-        items = _arguments(command, as_written(command.call.arguments), facts.arguments, keys)
+        items = _arguments(command, as_written(written_on_mesh(command)), facts.arguments, keys)
         return call(".".join((module, *command.call.method)) + "(", [*items, *handed])
     arguments, parameters, body = _call_in_function(command)
     # The mode is set on the module, outside of the function, unless it is an argument of the call.

@@ -64,8 +64,7 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
             arguments = as_written(training.after_net.arguments)
             lines += [*batch_lines, *init_lines(command, loss, [first, *arguments[1:]], params)]
         lines += training.on_mesh.variables()
-        new = training.on_mesh.opt_state(f"{optimizer}.init({trained})")
-        lines += [f"{opt_state} = {new}", *training.begun()]
+        lines += [*training.on_mesh.opt_state(opt_state, f"{optimizer}.init({trained})"), *training.begun()]
     else:
         lines += [*(training.from_file(saved, optimizer, trained) if saved else []), *training.data()]
     look = ""
@@ -161,8 +160,7 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
     lines.append(f"{graphdef}, {', '.join((*values, rest))} = nnx.split({net_copy}, {filters})")
     saved = command.context.saved.pop(command.indices[-1], "")
     if part.first == 0:
-        new = training.on_mesh.opt_state(f"{optimizer}.init({values[0]})")
-        lines += [f"{opt_state} = {new}", *training.begun()]
+        lines += [*training.on_mesh.opt_state(opt_state, f"{optimizer}.init({values[0]})"), *training.begun()]
     elif saved:
         lines += training.from_file(saved, optimizer, values[0])
     look = ""

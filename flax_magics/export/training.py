@@ -84,7 +84,7 @@ class TrainLines:
             raise CannotSay("each of its runs did other steps")
         if self.facts.axes or self.facts.handed:
             raise CannotSay("its net asks for a mapped axis, or for `rngs` in its call")
-        self.on_mesh = TrainingOnMesh(command)
+        self.on_mesh = TrainingOnMesh(command, begins=part.first == 0)
         self.loss, self.after_net = taken_apart(command)
         self.is_cut = self.task.arrays and self.task.batch is not None
         self.is_gathered = self.is_cut and not self.task.on_host

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, magics_class
-from traitlets import Bool, Dict, Enum, Float, Int, observe, validate
+from traitlets import Bool, Dict, Enum, Float, Int, TraitError, observe, validate
 
 from ..cells.journal import Load, state_of
 from ..errors import FlaxMagicsError, did_you_mean
@@ -76,20 +76,14 @@ class FlaxMagics(Magics):
     ).tag(config=True)
 
     replay_bytes = Int(
-        256_000_000,
-        min=0,
-        help="How many bytes are kept of what only %flax_replay needs: inputs, and variables that later runs overwrote.",
+        256_000_000, min=0, help="Bytes kept of what only %flax_replay needs: inputs, and variables overwritten since."
     ).tag(config=True)
 
     deadline = Float(
-        10.0,
-        min=0.1,
-        help="How many seconds the processes of a job wait for each other's answer before they run a program together.",
+        10.0, min=0.1, help="Seconds that a job's processes wait for each other before they run a program together."
     ).tag(config=True)
 
-    free = Bool(True, help="Whether %flax_free runs by itself after a cell that failed for want of device memory.").tag(
-        config=True
-    )
+    free = Bool(True, help="Whether %flax_free runs by itself after a cell that ran out of memory.").tag(config=True)
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         super().__init__(shell=shell, **kwargs)
@@ -114,8 +108,17 @@ class FlaxMagics(Magics):
         if hasattr(self, "notebook") and session is not None and session.draws and session.seed != seed:
             draws = plural(session.draws, "draw")
             message = f"the session has made {draws} from seed {session.seed}; `seed` is where it starts."
-            raise FlaxMagicsError(message, write=restart_line(seed, fresh=False))
+            # After any other error traitlets would keep the value.
+            raise TraitError(str(FlaxMagicsError(message, write=restart_line(seed, fresh=False))))
         return seed
+
+    def update_config(self, config: Any) -> None:
+        """Sets what `%config` says. What is refused goes no further: the shell would hand it to the next `%load_ext`."""
+        try:
+            super().update_config(config)
+        except TraitError:
+            config.pop("FlaxMagics", None)  # `%config` shows one object to all that can be set, to us before the shell
+            raise
 
     @observe("seed", "disk_cache", "replay_bytes", "deadline")
     def _tell_session(self, change: Any) -> None:
@@ -142,11 +145,10 @@ class FlaxMagics(Magics):
         notes: dict[str, bool] = proposal["value"]
         for kind, said in notes.items():
             if kind not in KINDS:
-                known = ", ".join(KINDS)
-                hint = did_you_mean(str(kind), KINDS)
-                raise FlaxMagicsError(f"no sharp bit is of the kind `{kind}`; the kinds: {known}.", hint=hint)
+                message = f"no sharp bit is of the kind `{kind}`; the kinds: {', '.join(KINDS)}."
+                raise TraitError(str(FlaxMagicsError(message, hint=did_you_mean(str(kind), KINDS))))
             if not isinstance(said, bool):
-                raise FlaxMagicsError(f"`{kind}` is said (True) or not (False), not {said!r}.")
+                raise TraitError(str(FlaxMagicsError(f"`{kind}` is said (True) or not (False), not {said!r}.")))
         return notes
 
     @property
@@ -226,8 +228,7 @@ class FlaxMagics(Magics):
     @command(FLAX_APPLY)
     def flax_apply(self, use: CommandUse) -> Any:
         """`%flax_apply net(x)`"""
-        # Read first, so that a mistake in the options is told before arguments are evaluated.
-        mode = use.mode
+        mode = use.mode  # first, so that a mistake in the options is told before arguments are evaluated
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)

@@ -26,7 +26,7 @@ from ..base.output import OutputFacts, Spread, Values
 from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
-from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
+from ..rng.keys import SPLIT, Draw, DrawBatch, RootKey, RunKeys, as_key
 from ..run import RELEASED, CommandName, InitStats, Note, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
@@ -39,6 +39,7 @@ from .training import SavedCurve, arrays_of, check_arrays, written_position
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """The JAX settings that change the bits of a run."""
 KeyWords = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{8})*\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +107,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     draw: int
     samples: int | None
     keys: dict[str, KeyWords]
-    digest: str | None
+    digest: Digest | None
     device: str
     started: float
     replayed: bool
@@ -378,7 +379,7 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
         raise Damaged(f"the variables of `{name}` are no collections")
     _check_tree(variables, f"the variables of `{name}`")
     keys = model.keys and {stream: reader.tree(node) for stream, node in model.keys.items()}
-    if keys and not all(_is_key(key) and not key.shape for key in keys.values()):
+    if keys and not (keys.keys() == set(SPLIT) and all(_is_key(key) and not key.shape for key in keys.values())):
         raise Damaged(f"what `{name}` was built with is no key")
     init = model.made and _init_of(model.made, name, reader)
     training = model.training

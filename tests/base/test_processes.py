@@ -51,18 +51,22 @@ class Store:
             self.values = {key: value for key, value in self.values.items() if not key.startswith(place)}
 
 
+def job(count: int) -> Iterator[list[Processes]]:
+    store = Store()
+    all = [Processes(store, rank, count) for rank in range(count)]
+    yield all
+    for one in all:
+        one.lives.close()
+
+
 @pytest.fixture
 def three() -> Iterator[list[Processes]]:
-    store = Store()
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(contextlib.closing(Processes(store, rank, 3))) for rank in range(3)]
+    yield from job(3)
 
 
 @pytest.fixture
 def two() -> Iterator[list[Processes]]:
-    store = Store()
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(contextlib.closing(Processes(store, rank, 2))) for rank in range(2)]
+    yield from job(2)
 
 
 WAITING = SimpleNamespace(deadline=60.0, on_phase=lambda phase: None)
@@ -91,7 +95,7 @@ def test_all_get_what_each_says(three):
     for _ in range(3):
         assert gathers(three) == [['{"n": 0}', '{"n": 1}', '{"n": 2}']] * 3
     # Of exchanges that are over only the last stays.
-    assert {key.split("/")[1] for key in three[0]._client.values} == {"address", "2"}
+    assert {key.split("/")[1] for key in three[0]._store._client.values} == {"address", "2"}
 
 
 def test_those_that_stand_elsewhere_are_told_with_their_numbers(three):
@@ -146,9 +150,9 @@ def test_an_interrupt_is_no_wait_for_the_others(two):
 
 def test_one_that_has_ended_is_named_at_once(two):
     first, second = two
-    assert (first.has_ended(0), first.has_ended(1)) == (False, False)
-    second.close()
-    assert first.has_ended(1)
+    assert (first.lives.has_ended(0), first.lives.has_ended(1)) == (False, False)
+    second.lives.close()
+    assert first.lives.has_ended(1)
     (error,) = gathers([first])
     assert str(error).startswith("it was not begun: process 1 has ended, and cannot take part.")
     assert str(first.why_failed("net(x)")).startswith("net(x) was given up: process 1 has ended.")
@@ -160,7 +164,7 @@ def test_a_stop_is_seen_by_those_that_go_on_and_all_learn_after_how_many_steps(t
     stopped = threading.Thread(target=lambda: steps.append(second.stop(7, "interrupted", "it", WAITING)))
     steps: list[Any] = []
     stopped.start()
-    while "flax_magics/0/1" not in first._client.values:
+    while "flax_magics/0/1" not in first._store._client.values:
         time.sleep(1e-3)
     with pytest.raises(FlaxMagicsError, match=r"^it ends here: process 1 stopped after 7 steps: interrupted\.$"):
         first.check_stopped("it")

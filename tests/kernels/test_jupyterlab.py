@@ -378,11 +378,13 @@ def test_no_string_runs_asks_for_anything_or_moves_the_page(page, address_of, tm
     shown = page.evaluate(SHOWN)
     for string in hostile.STRINGS[:46]:  # the further ones are escaped, and cut
         assert " ".join(string.split())[:20].replace("\0", "\\x00") in shown
-    for width in (1280, 480):
+    page.evaluate("() => document.querySelectorAll('.flax-magics details').forEach(one => { one.open = true; })")
+    for width in (1280, 760, 480):
         page.set_viewport_size({"width": width, "height": 1600})
         page.wait_for_timeout(500)
         assert page.evaluate("() => document.documentElement.scrollWidth") == width
         assert page.evaluate(OUTSIDE) == []
+        assert width == 480 or page.evaluate(WIDER) == []  # there the place has 250 pixels, and scrolls
         page.screenshot(path=tmp_path / f"hostile-{width}.png")
     page.close()
 

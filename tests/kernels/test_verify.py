@@ -258,6 +258,19 @@ def test_values_are_compared_where_a_tolerance_is_given(folder, notebook):
     )
 
 
+def test_on_more_devices_a_mesh_over_all_gives_the_same_and_the_device_is_told(kernels, folder, tmp_path, monkeypatch):
+    mesh = "x = jnp.ones((16, 4))\n%flax_mesh -q data=-1"
+    notebook = notebook_of(*CELLS[:4], mesh, *CELLS[4:6])
+    with kernels.lent(tmp_path) as living:
+        for cell in notebook.cells:
+            living.execute(cell)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert folder.says(folder.save(notebook)) == (
+        0,
+        ["notebooks/net.ipynb: agrees: 5 runs, keys and every bit", "  other than stored  device cpu:0 → cpu:0-7"],
+    )
+
+
 def test_several_at_once_as_json(folder, notebook):
     cleared = copy.deepcopy(notebook)
     notebook.cells[FACTOR].source = FACTOR_2_ULP_MORE

@@ -15,7 +15,7 @@ from flax_magics import Session
 HEAD = """
     import os, signal, sys, threading, time
     import jax, jax.numpy as jnp, numpy as np, optax
-    from flax import linen as nn
+    from flax import linen as nn, nnx
     from flax_magics import FlaxMagicsError, Session
 
     class Net(nn.Module):
@@ -24,6 +24,17 @@ HEAD = """
             make = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", None))
             x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x.reshape(len(x), -1)))
             return nn.Dense(4, kernel_init=make)(nn.Dropout(0.5, deterministic=not train)(nn.tanh(x)))
+
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden, self.norm = nnx.Linear(16, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.dropout, self.out = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.dropout(self.norm(self.hidden(x.reshape(len(x), -1)))))
+
+    def own_loss(own, batch):
+        return ((own(batch["image"]) - batch["label"][:, None]) ** 2).mean()
 
     def loss(net, batch, train):
         logits = net(batch["image"], train=train)
@@ -35,8 +46,8 @@ HEAD = """
     def whole(array):
         return np.asarray(jax.experimental.multihost_utils.process_allgather(array, tiled=True))
 
-    def weights(session):
-        return [whole(leaf) for leaf in jax.tree.leaves(session.models["net"].collections())]
+    def weights(session, name="net"):
+        return [whole(leaf) for leaf in jax.tree.leaves(session.models[name].collections())]
 
     def session_of():
         session = Session()
@@ -60,6 +71,15 @@ NUMBERS = f"""{HEAD}
     numbers["losses"], numbers["looks"] = run.losses, [look.loss for look in run.eval]
     numbers |= {{f"sgd{{n}}": leaf for n, leaf in enumerate(weights(session))}}
     session.save("session.safetensors")
+    many = session.apply("net", image, mode="train", samples=3)
+    numbers["many"] = whole(many.output)
+    assert session.replay(many.draw).agreement.identical
+    session.register("own", Own(nnx.Rngs(0)))
+    numbers["own mask"] = whole(session.apply("own", image, mode="train").output)
+    numbers["own many"] = whole(session.apply("own", image, mode="train", samples=3).output)
+    numbers["own gradients"] = np.array([row.squares for row in session.grad(own_loss, "own", data).layers])
+    numbers["own losses"] = session.train(own_loss, "own", data, optimizer=optax.sgd(0.05), batch=16, steps=6).losses
+    numbers |= {{f"own weights{{n}}": leaf for n, leaf in enumerate(weights(session, "own"))}}
     run = session.train(loss, "net", data, optimizer=optax.adam(1e-2), batch=20, epochs=4)
     numbers |= {{f"adam{{n}}": leaf for n, leaf in enumerate(weights(session))}}
     np.savez(f"numbers{{jax.process_index()}}of{{jax.process_count()}}.npz", **numbers)
@@ -179,9 +199,9 @@ def test_two_processes_compute_what_one_does_and_none_waits_for_ever(tmp_path: P
     first, second, alone = (np.load(tmp_path / f"numbers{name}.npz") for name in ("0of2", "1of2", "0of1"))
     assert all((first[name] == second[name]).all() for name in first)
     assert ((first["mask"] == 0) == (alone["mask"] == 0)).all()
-    np.testing.assert_allclose(first["gradients"], alone["gradients"], rtol=1e-5)
-    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
-    np.testing.assert_allclose(first["looks"], alone["looks"], rtol=1e-5)
+    for name in ("gradients", "losses", "looks", "many", "own mask", "own many", "own gradients", "own losses"):
+        np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    _alike("own weights", first, alone, 1e-5)
     _alike("sgd", first, alone, 1e-5)
     _alike("adam", first, alone, 1e-2)
     both = [np.load(tmp_path / f"resumed{rank}.npz") for rank in (0, 1)]

@@ -98,6 +98,21 @@ def test_the_seed_that_is_configured_is_where_the_session_starts(notebook, caplo
         "the session has made 1 draw from seed 8; `seed` is where it starts.\n  write: %flax_key --seed 9"
     ]
     assert notebook.session.seed == 8
+    assert notebook.shell.run_line_magic("config", "FlaxMagics.seed") == 8
+
+
+def test_a_setting_that_is_refused_is_not_kept_for_the_next_load(notebook, caplog):
+    refused = ("report = 'loud'", "style = 1", "seed = 'x'", "notes = {'x': 1}", "notes = {'stream': 1}", "free = 7")
+    with caplog.at_level(logging.ERROR):
+        for setting in (*refused, "replay_bytes = -1", "deadline = 0.0", "disk_cache = 'a'"):
+            notebook(f"%config FlaxMagics.{setting}")
+    assert len(caplog.messages) == 9
+    notebook("%config FlaxMagics.report = 'line'")
+    notebook("%reload_ext flax_magics")
+    assert notebook.shell.config["FlaxMagics"] == {"report": "line"}
+    values = {"report": "line", "style": "auto", "seed": 0, "notes": {}, "free": True}
+    values |= {"replay_bytes": 256_000_000, "deadline": 10.0, "disk_cache": True}
+    assert {name: notebook.shell.run_line_magic("config", f"FlaxMagics.{name}") for name in values} == values
 
 
 # -- our modules are there before the first command, once JAX and Flax are
