@@ -216,6 +216,7 @@ class Notebook:
         self._cell = None
         self._cell = self.number
         self.fit_terminal()
+        self.journal.catch_up(self.shell)
         self.journal.begin(info, _cell_id(info, self.shell))
         self.reporter.begin_cell()
         library.new_cell()
