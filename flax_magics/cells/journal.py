@@ -126,6 +126,8 @@ class Journal:
         """The namespace of the cell that runs."""
         self._running = ExecutedCell(None, "")
         """The outermost running cell, with what its commands did so far; errors of nested cells count as its own."""
+        self._info: object = None
+        """What IPython tells of that cell, by which its result is known."""
         self._places: list[Place] = []
         """Its `places`; a list, which a loop of many runs lengthens at the cost of one."""
         self.body: list[int] = []
@@ -141,8 +143,15 @@ class Journal:
         self._names = names
         if not self._depth:
             self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
-            self._places, self.body = [], []
+            self._info, self._places, self.body = info, [], []
         self._depth += 1
+
+    def catch_up(self, shell: Any) -> None:
+        """Records the cell whose `end` an interrupt has kept from being called, or ended, although the cell has ended."""
+        result = shell.last_execution_result
+        if self._depth and result is not None and result.info is self._info:
+            self._depth = 1
+            self.end(result)
 
     def end(self, result: Any = None) -> None:
         """IPython's `post_run_cell` hook. `result`: None for a cell that was interrupted before it began."""
@@ -151,23 +160,25 @@ class Journal:
         # Its `pre_run_cell` came before the hook was there, in the cell that loaded the extension, or was interrupted.
         if not self._depth:
             self._running = self._running._replace(text=str(getattr(result.info, "raw_cell", "") or ""))
-        self._depth = max(self._depth - 1, 0)
         error = result.error_before_exec or result.error_in_exec
         # A nested cell that failed counts although its magic (`%%capture`) succeeds: the rest of it has not run.
         if error is not None:
             self._running = self._running._replace(error=type(error).__name__, line=failing_line(error))
-        if not self._depth:
+        if self._depth > 1:
+            self._depth -= 1
+        else:
             self._ended(result.execution_count if getattr(result.info, "store_history", True) else None)
 
     def end_unheard(self, number: int) -> None:
         """Records the cell that unloaded the extension, whose end was not told, once that is loaded again."""
-        self._depth = 0
         self._ended(number)
 
     def _ended(self, number: int | None) -> None:
         places, body = tuple(self._places), max(self.body, default=0)
-        self.executed.append(self._running._replace(number=number, end=self.runs(), places=places, body=body))
-        self._running, self._places, self.body = ExecutedCell(None, "", self.runs()), [], []
+        ended = self._running._replace(number=number, end=self.runs(), places=places, body=body)
+        executed, running = [*self.executed, ended], ExecutedCell(None, "", self.runs())
+        # In one statement without a call: where an interrupt comes before it, `catch_up` finds all as it was.
+        self.executed, self._running, self._places, self.body, self._depth = executed, running, [], [], 0
 
     def drew_again(self, run: int, caller: FrameType) -> None:
         """`drew` of a single run, whose index is known, and the frame that called the command."""
@@ -221,6 +232,7 @@ class Journal:
 
     def cells(self, shell: Any) -> list[ExecutedCell]:
         """All executions so far, the running one last; earlier ones as IPython's history has them."""
+        self.catch_up(shell)
         # The running cell's number: IPython 7.34 raises `execution_count` after the cell, IPython 9 before it.
         number = shell.displayhook.prompt_count if self._depth else shell.execution_count
         told = self.so_far(number)

@@ -215,6 +215,7 @@ class Notebook:
         self._cell = None
         self._cell = self.number
         self.fit_terminal()
+        self.journal.catch_up(self.shell)
         self.journal.begin(info, _cell_id(info, self.shell), self.shell.user_global_ns)
         self.reporter.begin_cell()
         library.new_cell()

@@ -62,7 +62,6 @@ class LossMethods:
     _check: Callable[[State], None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
     _commit: Callable[[State, Outcome], None]
-    _count_replaced: Callable[[State, ModelEntry | None], None]
 
     def grad(
         self,
@@ -291,15 +290,13 @@ class Committing:
                 progress.write()
             session.replacements += 1
             at_once(((object.__setattr__, session, "_state", state),))
-        if self._last is None:
-            session._count_replaced(self._before, entry)
+        was = self._before.models.get(entry.name) if self._last is None else self._last.entry
         self._last, self._stored = progress, stored
         last = run.output is not RELEASED
         if last and stored.origin is not None:
             session._keeping.noted.append(stored)
             session._keeping.look(stored.size)
-        before = self._before.models.get(entry.name)
-        session._keeping.replace(None if before is None else before.replaced, entry.replaced)
+        session._keeping.replace(None if was is None else was.replaced, entry.replaced)
         # A snapshot takes time of this thread: there is another one once that before is written.
         if session.autosaving is not None and (last or session.autosaving.idle):
             session.autosaving.after(stored.facts, state)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import pytest
 from exporting import CHILD, NNX_NET, NORMED, assert_same, compared, digests_of, exported, printed
 from interrupts import interrupted_when
+
+from flax_magics.cells.journal import Journal
+from flax_magics.notebook.magics import FlaxMagics
+from flax_magics.notebook.notebook import Notebook
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
@@ -222,6 +227,30 @@ def test_what_a_line_committed_before_it_was_interrupted_is_the_lines(notebook, 
         assert notebook["y"] is y or turn > 1
         notebook("y = %flax_apply --train normed(x)")
         y = notebook["y"]
+    assert_same(notebook, tmp_path)
+
+
+def test_a_cell_is_there_with_its_run_wherever_an_interrupt_ended_what_is_called_around_it(notebook, tmp_path):
+    notebook(CHILD)
+    hooks = FlaxMagics.end_cell, Notebook.begin_cell, Notebook.end_cell, Journal.begin, Journal.end, Journal._ended
+    codes = [hook.__code__ for hook in hooks]
+    lines, struck = 0, True
+    while struck:
+        seen, struck = 0, False
+
+        def is_due(frame: FrameType) -> bool:
+            nonlocal seen, struck
+            seen += frame.f_code in codes
+            struck = seen > lines  # noqa: B023
+            return struck
+
+        with interrupted_when(is_due):
+            notebook.shell.run_cell("y = %flax_apply child(x)", store_history=True)
+        notebook("y = %flax_apply child(x * 2)")
+        lines += struck
+    assert lines > 20
+    assert len(notebook.session) == 2 * (lines + 1)
+    assert notebook.session.export().unexported == ()
     assert_same(notebook, tmp_path)
 
 

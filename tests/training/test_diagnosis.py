@@ -16,6 +16,7 @@ from flax import nnx
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
+from flax_magics.state.entry import Replaced
 from flax_magics.training.evaluation import Level, culprit_of
 
 X = jax.random.normal(jax.random.key(0), (3, 5))
@@ -199,6 +200,19 @@ def test_losses_that_grew_until_they_were_not_finite_are_told():
     assert error.value.write == "%flax_vars net = flax_magics.session().models['net'].previous"
     assert bits(session.models["net"].previous) == bits(before)
     assert bits(session.models["net"].variables) != bits(before)
+
+
+def test_those_from_before_it_are_kept_until_others_are_replaced():
+    session = session_of(nn.Dense(3))
+    for _ in range(2):
+        session.init("net", X)
+        with pytest.raises(FlaxMagicsError, match="not finite"):
+            session.train(loss, "net", X, optimizer=optax.sgd(1e3), steps=100)
+    diverged = session.models["net"].variables
+    session.init("net", X)
+    assert bits(session.models["net"].previous) == bits(diverged)
+    session.settle()
+    assert [held.size for held in session._keeping._held if isinstance(held, Replaced)] == [60]
 
 
 def test_a_training_that_is_stopped_by_its_data_keeps_no_weights_from_before_it():
