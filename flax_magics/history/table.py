@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import jax
 from msgspec import Struct
@@ -23,9 +23,6 @@ from ..run import COMMANDS, CommandName, DrawNumber, Run, repr_without
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
-
-if TYPE_CHECKING:
-    pass
 
 
 def history_html(history: History, table: Table | None = None) -> str:
@@ -395,8 +392,8 @@ def history_text(history: History, table: Table | None = None) -> str:
     titles = ("draw", "what", "digest", "cell", "time")
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
     wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
-    # The second column gives way if the line is too long; 8 are the gaps between five columns.
-    wide[1] = min(wide[1], width() - 2 - wide[0] - sum(wide[2:]) - 8)
+    # The second column gives way if the line is too long; before each column are two blanks.
+    wide[1] = min(wide[1], width() - sum(wide) + wide[1] - 2 * len(wide))
     lines.append(_line(titles, wide))
     for row, cell in zip(shown, cells, strict=True):
         lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))

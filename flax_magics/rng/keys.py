@@ -254,8 +254,7 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
-        # Inside a traced function, too, the root key is a concrete value. Elsewhere that context would compile anew what the
-        # user's own keys have compiled.
+        # Concrete in a traced function, too; elsewhere that context would compile anew what the user's keys have compiled.
         with jax.ensure_compile_time_eval() if is_tracing() else contextlib.nullcontext():
             key = jax.random.key(seed)
             return cls(seed, 0, data_of(key), str(jax.random.key_impl(key)))
@@ -278,10 +277,7 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return self.on_host(folded) if draw is None else draw
 
     def on_host(self, folded: Sequence[str] = ()) -> Draw:
-        """The next draw with keys worked out on the host, which `draw` gives as well while that is where they are made.
-
-        Only for threefry.
-        """
+        """The next draw of threefry, with keys from the host, which `draw` gives from now on while they are made there."""
         root = self.data
         draw = Draw(self.seed, self.draws + 1, root, self.impl)
         keys = draw.__dict__
