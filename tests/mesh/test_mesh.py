@@ -275,7 +275,7 @@ class Cut(nnx.Module):
     "y = %flax_apply --train net(x)\nz = %flax_apply --train own(x)",
     "y = %flax_apply --eager --train net(x)\nz = %flax_apply --eager --train own(x)",
     "rows = x[:14]\n%flax_train -q --optimizer optax.adam(1e-2) --batch 8 --epochs 2 --eval x own_loss(own, rows)",
-    "%flax_train -q --resume --epochs 3 own_loss(own, rows)",
+    "%flax_mesh off\n%flax_mesh data=-1\n%flax_train -q --resume --epochs 3 own_loss(own, rows)",
     "%flax_mesh data=2,model=2",
     "for _ in range(2):\n  y = %flax_apply --train net(x)",
     "gradients = %flax_grad loss(net, x, jnp.ones(3))",
