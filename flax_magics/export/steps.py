@@ -66,6 +66,7 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
         lines += training.on_mesh.variables()
         lines += [*training.on_mesh.opt_state(opt_state, f"{optimizer}.init({trained})"), *training.begun()]
     else:
+        lines += training.on_mesh.variables()
         lines += [*(training.from_file(saved, optimizer, trained) if saved else []), *training.data()]
     look = ""
     if _are_looks(training):
@@ -154,8 +155,12 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
         lines += draw_lines
         if command.initialising:
             lines.append(rebuilt(command, build_before(command), params, dropout))
-        lines += training.on_mesh.variables()
-    lines += [*training.data(), f"{net_copy} = nnx.clone({model.name})", *mode_lines(command, net_copy)]
+    lines += [
+        *training.on_mesh.variables(),
+        *training.data(),
+        f"{net_copy} = nnx.clone({model.name})",
+        *mode_lines(command, net_copy),
+    ]
     filters = ", ".join(filter(None, (trains, written, "...")))
     lines.append(f"{graphdef}, {', '.join((*values, rest))} = nnx.split({net_copy}, {filters})")
     saved = command.context.saved.pop(command.indices[-1], "")

@@ -275,7 +275,7 @@ class Cut(nnx.Module):
     "y = %flax_apply --train net(x)\nz = %flax_apply --train own(x)",
     "y = %flax_apply --eager --train net(x)\nz = %flax_apply --eager --train own(x)",
     "rows = x[:14]\n%flax_train -q --optimizer optax.adam(1e-2) --batch 8 --epochs 2 --eval x own_loss(own, rows)",
-    "%flax_train -q --resume --epochs 3 own_loss(own, rows)",
+    "%flax_mesh off\n%flax_mesh data=-1\n%flax_train -q --resume --epochs 3 own_loss(own, rows)",
     "%flax_mesh data=2,model=2",
     "for _ in range(2):\n  y = %flax_apply --train net(x)",
     "gradients = %flax_grad loss(net, x, jnp.ones(3))",
@@ -305,16 +305,37 @@ EXPORT = f"""
     assert len(lines) == len(runs) == 18
     # Of the two constructions nobody holds what they gave.
     assert all(run.digest == line.split()[-1] for line, run in zip(lines[2:], runs[2:])), lines
-    InteractiveShell.instance().run_cell("%flax_train -q --resume --epochs 4 own_loss(own, rows)").raise_error()
+
+    def shown(cell):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            InteractiveShell.instance().run_cell(cell).raise_error()
+        return printed.getvalue()
+
+    shown("%flax_train -q --resume --epochs 4 own_loss(own, rows)")
     first, *later = flax_magics.session().run_export(plain=False).unexported
     assert first.endswith("a training that goes on on other devices than it was begun on has no lines yet"), first
     assert all(reason.endswith("its variables come from a line that is left out") for reason in later), later
+    # What is shown of a mesh: by itself, in the details of a report, in the line of one that says nothing new, in %flax.
+    drawing = "          model 0  model 1\\n  data 0  cpu:0    cpu:1\\n  data 1  cpu:2    cpu:3\\n"
+    line = "mesh · data=2,model=2 · cpu:0-3 · the leading axis of arrays is cut into 2 parts\\n"
+    assert shown("%flax_mesh data=2,model=2") == line + drawing
+    details = shown("%config FlaxMagics.report = 'details'\\ny = %flax_apply --train net(x)")
+    indented = "".join("  " + row + "\\n" for row in drawing.splitlines())
+    assert "\\n  mesh data=2,model=2\\n" + indented in details, details
+    assert "\\n  inputs  x cut over data, 128 B a device\\n" in details, details
+    assert "\\n  vars    whole on each, 160 B a device    cut over model, 64 B a device\\n" in details, details
+    assert "\\n  out     cut over data and model, 128 B a device\\n  sent    " in details, details
+    assert " × all-reduce, " in details, details
+    again = shown("%config FlaxMagics.report = 'auto'\\ny = %flax_apply --train net(x)").splitlines()
+    assert again[0].startswith("net · train · cpu:0-3 · draw 20 · data=2,model=2 · reused · run "), again
+    status = shown("%flax")
+    assert "\\nmesh\\n  data=2,model=2   cpu:0-3\\n  net              whole on each, 160 B a device\\n" in status, status
     print("done")
 """
 
 
 @pytest.mark.usefixtures("optimised")
-def test_an_export_puts_arrays_on_the_mesh_and_gives_the_same_bits():
+def test_an_export_puts_arrays_on_the_mesh_and_gives_the_same_bits_and_what_is_shown_of_it():
     assert printed_by(EXPORT, "-W", "ignore", devices=8).endswith("done\n")
 
 
