@@ -153,8 +153,13 @@ class Journal:
             self._depth = 1
             self.end(result)
 
-    def end(self, result: Any = None) -> None:
-        """IPython's `post_run_cell` hook. `result`: None for a cell that was interrupted before it began."""
+    def end(self, result: Any = None, number: int | None = None) -> None:
+        """IPython's `post_run_cell` hook.
+
+        Args:
+          result: None for a cell that was interrupted before it began.
+          number: the cell's, which a result lacks that IPython made once an interrupt had left its own code.
+        """
         if result is None:
             return
         # Its `pre_run_cell` came before the hook was there, in the cell that loaded the extension, or was interrupted.
@@ -167,7 +172,7 @@ class Journal:
         if self._depth > 1:
             self._depth -= 1
         else:
-            self._ended(result.execution_count if getattr(result.info, "store_history", True) else None)
+            self._ended((result.execution_count or number) if getattr(result.info, "store_history", True) else None)
 
     def end_unheard(self, number: int) -> None:
         """Records the cell that unloaded the extension, whose end was not told, once that is loaded again."""

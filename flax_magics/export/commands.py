@@ -285,6 +285,8 @@ def _why_unreadable(load: Load, name: str, model: ScriptModel) -> str:
         return "which is not the file any more that it was"
     # `history` is the name of an array of the file's own.
     tree = model.loaded
+    if tree is None:
+        return "and were dropped since: nothing tells whether plain lines can read them"
     if model.holds:  # a path is one name, with a `/` between its steps
         tree = {
             kind: {path.replace("/", "."): value for path, value in values.items()} for kind, values in tree.items()

@@ -227,7 +227,7 @@ class Notebook:
 
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
-        self.journal.end(result)
+        self.journal.end(result, self.number)
         self._cell = None
         self.reporter.end_cell()
         session = existing()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from flax_magics.cells.journal import ExecutedCell, Registered
+from flax_magics.cells.journal import ExecutedCell, Journal, Registered
 from flax_magics.cells.reruns import Rerun, reruns
 
 transform = TransformerManager().transform_cell
@@ -162,3 +164,11 @@ def test_of_many_executions_the_last_is_named():
     found = log(*[("a", "%flax_apply net(x)")] * 6)
     (rerun,) = reruns(found, {number: ["net(x)"] for number in range(1, 7)}, transform)
     assert rerun.text == "cell [6] ran 6 times"
+
+
+def test_a_cell_that_an_interrupt_ended_in_ipythons_own_code_has_its_number():
+    journal, info = Journal(lambda: 0), SimpleNamespace(raw_cell="y = 1", store_history=True)
+    journal.begin(info)
+    error = KeyboardInterrupt()
+    journal.end(SimpleNamespace(info=info, execution_count=None, error_before_exec=None, error_in_exec=error), 7)
+    assert [(cell.number, cell.text, cell.error) for cell in journal.executed] == [(7, "y = 1", "KeyboardInterrupt")]

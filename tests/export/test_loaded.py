@@ -104,3 +104,17 @@ def test_types_of_ones_own_have_no_lines(notebook, saved):
     notebook("z = %flax_apply held(x)")
     why = "and have leaves or names that plain lines do not read"
     assert f"# Left out: the variables of `held` came from `s.safetensors`, {why}.\n" in exported(notebook)
+
+
+def test_variables_that_were_dropped_since_tell_nothing_of_the_file(notebook, saved, tmp_path):
+    saved(NORMED, "normed", runs=1)
+    notebook("%flax_load s.safetensors")
+    notebook(NORMED)
+    notebook("y = %flax_apply --train normed(x)\n%flax_key --seed 1 --fresh")
+    script = exported(notebook)
+    why = "and were dropped since: nothing tells whether plain lines can read them"
+    said = f"# Left out: the variables of `normed` came from `s.safetensors`, {why}.\n"
+    assert script.count(said) == 2
+    notebook("z = %flax_apply --train normed(x)")
+    digests = digests_of(printed(exported(notebook), tmp_path))
+    assert digests == [run.digest for run in notebook.session.runs[1:]]

@@ -212,7 +212,7 @@ def test_those_from_before_it_are_kept_until_others_are_replaced():
     session.init("net", X)
     assert bits(session.models["net"].previous) == bits(diverged)
     session.settle()
-    assert [held.size for held in session._keeping._held if isinstance(held, Replaced)] == [60]
+    assert len([held for held in session._keeping._held if isinstance(held, Replaced)]) == 1
 
 
 def test_a_training_that_is_stopped_by_its_data_keeps_no_weights_from_before_it():
