@@ -70,7 +70,7 @@ class TrainingRecord(Struct, frozen=True, eq=False):
       state: of the session, before it.
       call: as the user wrote it, all the data in it.
       options: completed.
-      variables: those that it began with; `source`: where they came from, as they were then.
+      variables: those that it began with; `source`: where they came from, as they were then; None where it made them.
       traced: the loss.
       taken: the draw's `params` key is used already, see `Draw.stream`.
       streams: those that its steps take.

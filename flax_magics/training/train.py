@@ -134,10 +134,8 @@ class Trainer:
             data.key = self.draw.stream(ROW_ORDER)
         self.prepare()
         assert options.optimizer is not None
-        code, inputs = (
-            resumption.code_of(ready.entry, ready.loss, options.optimizer),
-            resumption.inputs_of(ready.loss, call, options.eval),
-        )
+        code = resumption.code_of(ready.entry, ready.loss, options.optimizer)
+        inputs = resumption.inputs_of(ready.loss, call, options.eval)
         changes: tuple[str, ...] = ()
         if resumed is not None:
             changes = (
@@ -152,7 +150,7 @@ class Trainer:
             call=call,
             options=options,
             variables=self.variables,
-            source=self.variables.entry.source_now(),
+            source=None if self.initialises else self.variables.entry.source_now(),
             traced=self.traced,
             step=self.step,
             taken=self.taken,
@@ -180,7 +178,9 @@ class Trainer:
                 variables = self._initialise()
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
-            request = wanted_of(self.request, variables.entry, variables.values)
+            # Of what the draw makes again the shapes alone: some versions of JAX keep what is traced.
+            given = shapes_of(variables.values) if self.initialises else variables.values
+            request = wanted_of(self.request, variables.entry, given)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
             try:
                 self.traced: TracedCall[None] = trace_call(request)
@@ -203,6 +203,7 @@ class Trainer:
         # A step gives dicts, whatever the user has given.
         values = unfreeze(dict(self.traced.request.variables))
         if self.initialises:
+            values = unfreeze({name: variables.values[name] for name in values})
             self._forget_first()
         trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
@@ -284,10 +285,9 @@ class Trainer:
 
     def _forget_first(self) -> None:
         """Puts shapes in the place of the first variables, which the draw makes again: they are the loop's alone."""
-        request, variables = self.traced.request, self.variables
-        self.traced = replace(self.traced, request=replace(request, variables=shapes_of(request.variables)))
+        variables, given = self.variables, self.traced.request.variables
         # What no step is given stays as it is.
-        others = {name: tree for name, tree in variables.values.items() if name not in request.variables}
+        others = {name: tree for name, tree in variables.values.items() if name not in given}
         entry = replace(variables.entry.linen, variables=others)
         self.variables = replace(variables, entry=entry, values=shapes_of(variables.values))
 

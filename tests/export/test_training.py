@@ -53,6 +53,43 @@ class Stops(list):
 """
 
 
+KINDS = """\
+%%flaxmodel
+class Convolved(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3,))(x))
+    return nn.Dense(3)(x.reshape(len(x), -1))
+
+class Attending(nn.Module):
+  training: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.LayerNorm()(nn.Dense(8)(x))
+    x = nn.MultiHeadDotProductAttention(2, dropout_rate=0.3, deterministic=not self.training)(x)
+    return nn.Dense(3)(x.mean(1))
+
+class Recurrent(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(nn.RNN(nn.LSTMCell(5))(x)[:, -1])
+
+class Mixed(nnx.Module):
+  def __init__(self, rngs):
+    self.conv, self.norm = nnx.Conv(2, 8, (3,), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+    self.lstm, self.dropout = nnx.RNN(nnx.LSTMCell(8, 5, rngs=rngs)), nnx.Dropout(0.3, rngs=rngs)
+    self.out = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.attention(nnx.relu(self.norm(self.conv(x))))
+    return self.out(self.dropout(self.lstm(x)[:, -1]))
+
+convolved, attending, recurrent = Convolved(), Attending(), Recurrent()
+"""
+
+
 def looks_of(run):
     """The looks at `--eval` data as a script prints them."""
     looks = ((look.step, look.loss, dict(look.metrics)) for look in run.eval)
@@ -99,6 +136,22 @@ variables, opt_state, _ = state
     assert looks_in(lines) == looks_of(first)
     last = [line.split()[-1] for line in lines[-2:]]
     assert last == [run.losses.tobytes().hex(), digest_of(jax.tree.leaves(entry.training.opt_state))]
+
+
+def test_nets_of_every_kind(notebook, tmp_path):
+    assert_same(
+        notebook,
+        tmp_path,
+        "from flax import nnx",
+        KINDS,
+        "%flaxmodel mixed = Mixed()",
+        "import optax\ndef loss(net, batch):\n  return ((net(batch['x']) - batch['y']) ** 2).mean()",
+        "data = {'x': jax.random.normal(jax.random.key(7), (22, 6, 2)), 'y': jnp.ones((22, 3))}",
+        *(
+            f"%flax_train -q --optimizer optax.adamw(1e-2) --batch 8 --epochs 3 loss({name}, data)"
+            for name in ("convolved", "attending", "recurrent", "mixed")
+        ),
+    )
 
 
 def test_a_whole_batch_and_an_iterable_with_the_losses_that_are_asked_for(notebook, tmp_path):
