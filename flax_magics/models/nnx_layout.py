@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from operator import add, setitem
+from operator import setitem
 from typing import Any
 
 import jax
@@ -193,7 +193,8 @@ class Layout(Struct, dict=True):
         values = list(map(_SLOT.__get__, variables))  # one C loop: this runs before each dispatch
         if not _NO_NUMPY.issuperset(map(type, values)):
             values = list(map(_own, values))
-        rest, out = iter(values), Values()
+        out: Values = {}
+        rest = iter(values)
         for collection, names in names_by_type.items():
             out[collection] = dict(
                 zip(names, rest, strict=False)
@@ -266,28 +267,26 @@ class Layout(Struct, dict=True):
 
     def assignments(self, values: Mapping[str, Mapping[str, PyTree]]) -> list[Assignment]:
         """The Assignments that write `values`, of all or some variables, into the module's own objects."""
+        plain, others = self._by_name
         assignments: list[Assignment] = []
         for kind, tree in values.items():
-            plain = self._plain.get((kind, *tree))
-            if plain is None:
-                slots = [self._by_name.get((kind, name)) for name in tree]
-                # Every run writes the same names; what stands in containers and references is looked up each time.
-                if all(slot is not None and slot.holder is None and not slot.ref for slot in slots):
-                    self._plain[kind, *tree] = [slot.assignment(None)[:-1] for slot in slots if slot is not None]
-                pairs = zip(slots, tree.values(), strict=True)
-                assignments += [slot.assignment(value) for slot, value in pairs if slot is not None]
-            else:
-                assignments += map(add, plain, zip(tree.values(), strict=False))  # tuples, added in C
+            for name, value in tree.items():
+                if (kind, name) in plain:  # most are, and every run writes them
+                    assignments.append((*plain[kind, name], value))
+                elif (kind, name) in others:
+                    assignments.append(others[kind, name].assignment(value))
         return assignments
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, str], Slot]:
-        return {(slot.collection, slot.name): slot for slot in self.slots}
-
-    @cached_property
-    def _plain(self) -> dict[tuple[str, ...], list[Assignment]]:
-        """Type and names of plain Variables that were written together → their Assignments, but for the value."""
-        return {}
+    def _by_name(self) -> tuple[dict[tuple[str, str], Assignment], dict[tuple[str, str], Slot]]:
+        """By type and name: the Assignments of plain Variables, but for the value, and the slots of everything else."""
+        plain, others = dict[tuple[str, str], Assignment](), dict[tuple[str, str], Slot]()
+        for slot in self.slots:
+            if slot.holder is None and not slot.ref:
+                plain[slot.collection, slot.name] = slot.assignment(None)[:-1]
+            else:
+                others[slot.collection, slot.name] = slot
+        return plain, others
 
 
 def _on_arrays(module: nnx.Module) -> PyTree:
