@@ -29,6 +29,7 @@ import numpy as np
 from msgspec import Struct
 
 from ..base.digest import data_of, words
+from ..base.private import is_tracing
 from ..base.threads import Workers
 from ..base.types import Record
 from ..errors import FlaxMagicsError
@@ -253,7 +254,9 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
-        with jax.ensure_compile_time_eval():  # inside a traced function, too, the root key is a concrete value
+        # Inside a traced function, too, the root key is a concrete value. Elsewhere that context would compile anew what the
+        # user's own keys have compiled.
+        with jax.ensure_compile_time_eval() if is_tracing() else contextlib.nullcontext():
             key = jax.random.key(seed)
             return cls(seed, 0, data_of(key), str(jax.random.key_impl(key)))
 
