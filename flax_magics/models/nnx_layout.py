@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from operator import add, setitem
+from operator import setitem
 from typing import Any
 
 import jax
@@ -189,47 +189,44 @@ class Layout(Struct, dict=True):
 
     def given(self) -> Values:
         """The present arrays that a program gets as inputs: all but random streams, sown and static values."""
-        names_by_type, variables, others = self._given
-        values = list(map(_SLOT.__get__, variables))  # one C loop: this runs before each dispatch
-        if not _NO_NUMPY.issuperset(map(type, values)):
-            values = list(map(_own, values))
-        rest, out = iter(values), Values()
-        for collection, names in names_by_type.items():
-            out[collection] = dict(
-                zip(names, rest, strict=False)
-            )  # which takes as many of the values as there are names
-        for slot in others:
+        out: Values = {}
+        for collection, names, leaves in self._given[0]:
+            values = list(map(_SLOT.__get__, leaves))  # one C loop: this runs before each dispatch
+            if not _NO_NUMPY.issuperset(map(type, values)):
+                values = list(map(_own, values))
+            out[collection] = dict(zip(names, values, strict=True))
+        for slot in self._given[1]:
             out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
         return out
 
     def leaves(self) -> list[Leaf]:
-        """The leaves of `given()`, NumPy arrays not copied, at a tenth of the cost where each Variable holds one leaf."""
+        """The leaves of `given()`, NumPy arrays not copied; without its dicts where each Variable holds one leaf."""
         values = list(map(_SLOT.__get__, self._in_order))
-        if self._given[2] or not jax.tree_util.all_leaves(values):
+        if self._given[1] or not jax.tree_util.all_leaves(values):
             return jax.tree_util.tree_leaves(self.given())
         return values
 
     @cached_property
     def _in_order(self) -> list[Any]:
         """Plain Variables in the order of JAX's leaves: by type, then by name."""
-        names_by_type, variables, _ = self._given
-        places = [(collection, name) for collection, names in names_by_type.items() for name in names]
-        return [variables[i] for i in sorted(range(len(places)), key=places.__getitem__)]
+        variables = {(kind, name): leaf for kind, *rows in self._given[0] for name, leaf in zip(*rows, strict=True)}
+        return [variables[place] for place in sorted(variables)]
 
     @cached_property
-    def _given(self) -> tuple[dict[str, list[str]], list[Any], list[Slot]]:
-        """The names of plain Variables by type, the Variables in that order, and the slots that need `Slot.read`."""
-        variables: dict[str, dict[str, Any]] = {}
+    def _given(self) -> tuple[list[tuple[str, list[str], list[Any]]], list[Slot]]:
+        """Plain Variables as (type, names, objects), which are read in one go, and the slots that need `Slot.read`."""
+        variables: dict[str, tuple[list[str], list[Any]]] = {}
         others = []
         for slot in self.slots:
             if slot.sown or slot.drawn or slot.fixed:
                 continue
             if slot.holder is not None or slot.ref:
                 others.append(slot)
-            else:
-                variables.setdefault(slot.collection, {})[slot.name] = slot.leaf
-        names = {collection: list(named) for collection, named in variables.items()}
-        return names, [leaf for named in variables.values() for leaf in named.values()], others
+                continue
+            names, leaves = variables.setdefault(slot.collection, ([], []))
+            names.append(slot.name)
+            leaves.append(slot.leaf)
+        return [(collection, names, leaves) for collection, (names, leaves) in variables.items()], others
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """The shape of each held stream's key: () for one key, else the shape to which NNX's `fork` split it."""
@@ -266,28 +263,26 @@ class Layout(Struct, dict=True):
 
     def assignments(self, values: Mapping[str, Mapping[str, PyTree]]) -> list[Assignment]:
         """The Assignments that write `values`, of all or some variables, into the module's own objects."""
+        plain, others = self._by_name
         assignments: list[Assignment] = []
         for kind, tree in values.items():
-            plain = self._plain.get((kind, *tree))
-            if plain is None:
-                slots = [self._by_name.get((kind, name)) for name in tree]
-                # Every run writes the same names; what stands in containers and references is looked up each time.
-                if all(slot is not None and slot.holder is None and not slot.ref for slot in slots):
-                    self._plain[kind, *tree] = [slot.assignment(None)[:-1] for slot in slots if slot is not None]
-                pairs = zip(slots, tree.values(), strict=True)
-                assignments += [slot.assignment(value) for slot, value in pairs if slot is not None]
-            else:
-                assignments += map(add, plain, zip(tree.values(), strict=False))  # tuples, added in C
+            for name, value in tree.items():
+                if (kind, name) in plain:  # most are, and every run writes them
+                    assignments.append((*plain[kind, name], value))
+                elif (kind, name) in others:
+                    assignments.append(others[kind, name].assignment(value))
         return assignments
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, str], Slot]:
-        return {(slot.collection, slot.name): slot for slot in self.slots}
-
-    @cached_property
-    def _plain(self) -> dict[tuple[str, ...], list[Assignment]]:
-        """Type and names of plain Variables that were written together → their Assignments, but for the value."""
-        return {}
+    def _by_name(self) -> tuple[dict[tuple[str, str], Assignment], dict[tuple[str, str], Slot]]:
+        """By type and name: the Assignments of plain Variables, but for the value, and the slots of everything else."""
+        plain, others = dict[tuple[str, str], Assignment](), dict[tuple[str, str], Slot]()
+        for slot in self.slots:
+            if slot.holder is None and not slot.ref:
+                plain[slot.collection, slot.name] = slot.assignment(None)[:-1]
+            else:
+                others[slot.collection, slot.name] = slot
+        return plain, others
 
 
 def _on_arrays(module: nnx.Module) -> PyTree:

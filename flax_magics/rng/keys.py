@@ -277,7 +277,7 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return self.on_host(folded) if draw is None else draw
 
     def on_host(self, folded: Sequence[str] = ()) -> Draw:
-        """The next draw of threefry, with keys from the host, which `draw` gives from now on while they are made there."""
+        """The next draw with keys of threefry's, which `draw` gives as well while that is how keys are made."""
         root = self.data
         draw = Draw(self.seed, self.draws + 1, root, self.impl)
         keys = draw.__dict__
@@ -404,10 +404,7 @@ class Splits:
         self._begun: tuple[bytes, int, Any] | None = None
 
     def of(self, root: bytes, tags: tuple[int, ...] = ()) -> bytes:
-        """Key data of the three keys that `root` splits into, then of the streams with these tags, one after the other.
-
-        See `is_on_host`.
-        """
+        """Key data of the three keys of `root`'s split and of the streams with these tags, in a row; see `is_on_host`."""
         known, ahead = self._ahead
         data = ahead.get(root)
         if data is not None and not tags:

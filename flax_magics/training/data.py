@@ -242,9 +242,8 @@ class BatchData:
         leaves = jax.tree_util.tree_leaves(self.first)
         if self._is_placed or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
             return 1
-        return max(
-            1, min(TOGETHER, BYTES // max(1, int(sum(leaf.nbytes for leaf in leaves))), self.per_epoch or TOGETHER)
-        )
+        size = max(1, sum(leaf.nbytes for leaf in leaves))
+        return max(1, min(TOGETHER, BYTES // size, self.per_epoch or TOGETHER))
 
     def place(self, step: int) -> tuple[int, int]:
         """The place of the next step in its epoch, and how many of it on may be in one program, as far as is known."""
@@ -329,7 +328,6 @@ class BatchData:
 
 
 Data = ArrayData | BatchData
-
 FOR_EVER = 1 << 16
 """Steps that no epoch divides: more than any program does."""
 TOGETHER = 16
