@@ -242,7 +242,7 @@ class BatchData:
         leaves = jax.tree_util.tree_leaves(self.first)
         if self._is_placed or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
             return 1
-        size = max(1, sum(leaf.nbytes for leaf in leaves))
+        size = max(1, sum(int(leaf.nbytes) for leaf in leaves))
         return max(1, min(TOGETHER, BYTES // size, self.per_epoch or TOGETHER))
 
     def place(self, step: int) -> tuple[int, int]:
