@@ -161,7 +161,7 @@ def _environment() -> jinja2.Environment:
 @lru_cache(maxsize=1)
 def prepare() -> None:
     """Loads the templates of a run ahead of its report, which takes some 20 ms."""
-    for name in ("parts.html", "style.html", "run.html", "curve.html"):
+    for name in ("parts.html", "style.html", "run.html"):  # a training alone has a curve
         _environment().get_template(name)
 
 
