@@ -315,10 +315,8 @@ class BatchData:
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """The error for an iterable that has ended, can be gone through only once, and is asked for more."""
         wanted = "" if total is None else f" of {total}"
-        return FlaxMagicsError(
-            f"`{self._text}` has run dry after {plural(step, 'step')}{wanted}: an iterator can be gone through only once.",
-            form=f"{plain_name(self._text, 'batches')} = list(…)",
-        )
+        dry = f"`{self._text}` has run dry after {plural(step, 'step')}{wanted}"
+        return FlaxMagicsError(f"{dry}: an iterator can be gone through only once.", **_as_list(self._text))
 
     def close(self) -> None:
         """Ends the thread that fetches."""
@@ -400,8 +398,7 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
         if write == line:  # of a training that goes on, with the batch that it began with
             raise FlaxMagicsError(message, hint=f"--resume goes on with arrays where --batch {batch} had cut some")
         raise FlaxMagicsError(message, **written(write))
-    workers = forked_workers(data)
-    if workers:
+    if workers := forked_workers(data):
         raise FlaxMagicsError(
             f"`{text}` forks {plural(workers, 'worker')}, and a fork of a process in which JAX runs may wait for ever.",
             hint="multiprocessing_context='forkserver' starts them otherwise",
@@ -420,11 +417,10 @@ def check_divides(text: str, data: Data, batch: int | None, placement: Placement
     message = f"a batch of `{text}` has {plural(rows, 'row')}, and {DATA}={parts} of the mesh does not divide that."
     if not isinstance(data, ArrayData):
         raise FlaxMagicsError(message, hint=f"a multiple of {parts} can be cut, such as {rows + parts - rows % parts}")
-    fitting = max(parts, rows - rows % parts)
     if data.size < parts:
         raise FlaxMagicsError(message, write=f"%flax_mesh off\n{line}")
     command, _, call = without_option(line, "--batch", "[0-9]+").partition(" ")
-    raise FlaxMagicsError(message, **written(f"{command} --batch {fitting} {call}"))
+    raise FlaxMagicsError(message, **written(f"{command} --batch {max(parts, rows - rows % parts)} {call}"))
 
 
 def check_looks(text: str, data: object, line: str) -> None:
@@ -432,7 +428,7 @@ def check_looks(text: str, data: object, line: str) -> None:
     check(text, data, None, line)
     if isinstance(data, Iterator):
         message = f"`{text}` can be gone through only once, and it is looked at several times."
-        raise FlaxMagicsError(message, form=f"{plain_name(text, 'looks')} = list(…)")
+        raise FlaxMagicsError(message, **_as_list(text))
 
 
 def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, int]]:
@@ -446,6 +442,11 @@ def in_order(text: str, data: Any, batch: int | None) -> Iterator[tuple[PyTree, 
     for each in data:
         tree = jax.tree_util.tree_map(as_array, each)
         yield tree, _rows_in(text, tree)
+
+
+def _as_list(text: str) -> dict[str, str]:
+    """The advice to make a list of an iterator: one that is made by a call is made anew."""
+    return written(f"batch_list = list({text})" if text.endswith(")") else f"{plain_name(text, 'batches')} = list(…)")
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
@@ -473,8 +474,7 @@ def _rows_in(text: str, tree: PyTree, empty: str = "") -> int:
     if -1 in lengths:
         name = names[lengths.index(-1)]
         raise FlaxMagicsError(f"{name} is a single number: each array of the data has an axis of examples first.")
-    other = next((n for n, length in enumerate(lengths) if length != lengths[0]), None)
-    if other is not None:
+    if (other := next((n for n, length in enumerate(lengths) if length != lengths[0]), None)) is not None:
         message = f"{names[0]} has {plural(lengths[0], 'row')} and {names[other]} {lengths[other]}"
         raise FlaxMagicsError(f"{message}: arrays of the data have one length.")
     if not lengths or not lengths[0]:
@@ -485,8 +485,7 @@ def _rows_in(text: str, tree: PyTree, empty: str = "") -> int:
 class _Kind(str):
     """A text that shows without quotes."""
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = str.__str__
 
 
 def _kinds(batch: PyTree) -> str:

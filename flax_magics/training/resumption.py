@@ -89,10 +89,13 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
         raise FlaxMagicsError(message, **written(f"import optax\n{command} --optimizer {text} {call}"))
     transformation = optimizer.transformation
     if not (callable(getattr(transformation, "init", None)) and callable(getattr(transformation, "update", None))):
-        raise FlaxMagicsError(
-            f"--optimizer takes an optax transformation, and `{optimizer.text}` is {kind_of(transformation)}.",
-            form=line.replace(optimizer.text, "optax.adamw(…)", 1),
-        )
+        message = f"--optimizer takes an optax transformation, and `{optimizer.text}` is {kind_of(transformation)}."
+        right = "optax.adamw(…)"
+        if isinstance(transformation, str) and "(" in transformation:  # in quotes, as a shell would want it
+            right = transformation
+        elif callable(transformation) and optimizer.text.replace(".", "").isidentifier():  # `optax.adam`
+            right = f"{optimizer.text}(…)"
+        raise FlaxMagicsError(message, **written(line.replace(optimizer.text, right, 1)))
     return replace(options, optimizer=optimizer)
 
 

@@ -123,7 +123,7 @@ class Trainer:
         limit: int = 0,
     ) -> None:
         self.ready, self.call, self.options, self.data, self.limit = ready, call, options, data, limit
-        self.resumed, self.commit = resumed, commit
+        self.resumed, self.commit, self.refill = resumed, commit, ""
         self.request, self.services = ready.request, ready.request.services
         self.draw, self.name = ready.request.draw.first, ready.entry.name
         started = time.time()
@@ -349,6 +349,8 @@ class Trainer:
                         loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
+                    # With an iterator that has run dry, and that no call makes anew, the line would meet the same end.
+                    self.refill = f"{error.form}\n" if error.form and "…" in error.form else ""
                 # Only finished steps count; a look that was committed has to be said to have been stopped, too.
                 if loop.step > first or self._has_committed:
                     try:
@@ -412,8 +414,9 @@ class Trainer:
 
         Asked for at its end alone.
         """
-        if self.loop.failed is None or not (self._has_exploded or np.isinf(self.loop.failed[1])):
-            return None
+        failed, losses = self.loop.failed, self.loop.numbers.losses
+        if failed is None or not (len(losses) and (self._has_exploded or np.isinf(failed[1]))):
+            return None  # and where no step was taken
         before, first = self.variables.entry, self.traced.request.variables
         if self.initialises:
             made = self._initialise().values
@@ -435,22 +438,19 @@ class Trainer:
 
     def _finish(self) -> Run:
         """Commits all finished steps, and returns the Run with the variables as its output."""
-        notes = [*self.notes]
-        losses = self.loop.numbers.losses
+        notes, losses = [*self.notes], self.loop.numbers.losses
         if len(losses) > STILL and bool((losses[-STILL:] == losses[-STILL - 1]).all()):
             notes.append(Note("still", f"the loss has not moved in the last {STILL} steps"))
         if self.loop.stopped and self.loop.step:
             after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
             text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
             # Of a step that is not finite the error says when that is worth it, right below.
-            failed = self.loop.failed is not None
-            line = f"%flax_train --resume {self.call.text}"
-            notes.append(Note("stopped", text, **({} if failed else written(line))))
+            line = "" if self.loop.failed else f"{self.refill}%flax_train --resume {self.call.text}"
+            notes.append(Note("stopped", text, **(written(line) if line else {})))
         resumed = self.resumed
         if resumed is not None and self.loop.step == resumed.step and not self.loop.stopped:
-            asked = (
-                f"--steps {2 * resumed.step}" if self.options.epochs is None else f"--epochs {2 * self.options.epochs}"
-            )
+            epochs = self.options.epochs
+            asked = f"--steps {2 * resumed.step}" if epochs is None else f"--epochs {2 * epochs}"
             text = f"nothing was left to do: {plural(resumed.step, 'step')} were finished, and no more were asked for"
             notes.append(Note("resume", text, **written(f"%flax_train --resume {asked} {self.call.text}")))
         self.notes = tuple(notes)

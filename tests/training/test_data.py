@@ -134,6 +134,11 @@ def test_an_iterator_that_runs_dry_is_told_and_its_steps_stay():
     message = "`data` has run dry after 3 steps of 9: an iterator can be gone through only once."
     assert str(error.value).splitlines()[0] == message
     assert (session.runs[-1].steps, session.runs[-1].trained.stopped) == (3, message)
+    (note,) = session.runs[-1].notes
+    assert (note.write, note.form) == (None, "data = list(…)\n%flax_train --resume loss(net, data)")
+    run = session.train(loss, "net", batches(2, 2, 2), resume=True, steps=5)
+    whole = trained(batches(2, 2, 2), steps=5)
+    assert bits(run.losses) == bits(whole.losses)
     assert trained(iter(batches(2, 2, 2)), epochs=1).steps == 3
 
 

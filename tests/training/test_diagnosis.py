@@ -230,6 +230,17 @@ def test_a_training_that_is_stopped_by_its_data_keeps_no_weights_from_before_it(
         _ = session.models["net"].previous
 
 
+def test_a_first_step_that_is_not_finite_has_changed_no_weights_to_take_back():
+    session = session_of(nn.Dense(3))
+    data = {"x": np.ones((4, 4), np.float32)}
+    session.train(lambda net, batch: net(batch["x"]).mean(), "net", data, optimizer=optax.sgd(1e-3), steps=2)
+    trained = bits(session.models["net"].variables)
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(lambda net, batch: jnp.log(0 * net(batch["x"]).mean()), "net", data, steps=2)
+    assert "the loss is -inf" in error.value.message
+    assert (error.value.write, bits(session.models["net"].variables)) == (None, trained)
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [(overflow, "bfloat16"), (half, "float16")])
 def test_an_overflow_is_named_with_its_numbers(kind, dtype):
     (text,) = said(Net(kind))
