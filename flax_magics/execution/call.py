@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import is_key
 from ..base.text import plural
 from ..base.types import PyTree, Record
 from ..compile.compiler import Units
@@ -359,7 +360,11 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         # `net.encoder.init(key, x)` becomes `net.encoder(x)`.
         tree.func = tree.func.value if isinstance(tree.func, ast.Attribute) else tree.func
         tree.keywords = [keyword for keyword in tree.keywords if keyword.arg != argument]
-        first, tree.args = tree.args[:1], tree.args[1:]
+        first = tree.args[:1]
+        value = call.args[0] if call.args else None
+        # What Flax's method takes first; that of `net.apply(x)` was left out already.
+        if isinstance(value, Mapping) or is_key(value) or getattr(value, "dtype", None) == "uint32":
+            tree.args = tree.args[1:]
         # In `net.apply(*arguments)` the first argument cannot be taken off.
         line = None if first and isinstance(first[0], ast.Starred) else _line(call, tree, None)
         return self._error(said, [line or call.text], form)

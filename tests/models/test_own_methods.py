@@ -73,6 +73,8 @@ METHODS = {
         "%flax_init net.init(key, x)": "%flax_init net(x)",
         "%flax_init --keys-of 1 net.init(rngs=key, x=x)": "%flax_init --keys-of 1 net(x=x)",
         "%flax_apply net.init(key, x)": "%flax_init net(x)",
+        "%flax_apply net.init(x)": "%flax_init net(x)",
+        "%flax_init net.init(jax.random.PRNGKey(0), x)": "%flax_init net(x)",
         "%flax_init net.init_with_output(key, x)": "%flax_init net(x)",
         "%flax_init net.lazy_init({'params': key}, x)": "%flax_init net(x)",
         "%flax_init net.init(key, x, method='encode')": "%flax_init net.encode(x)",
@@ -81,6 +83,7 @@ METHODS = {
     },
     apply: {
         "%flax_apply net.apply(variables, x)": "%flax_apply net(x)",
+        "%flax_apply net.apply(x)": "%flax_apply net(x)",
         "%flax_apply --train -o run net.apply(variables, x, rngs={'dropout': key}, mutable=['batch_stats'])": (
             "%flax_apply --train -o run --mutable batch_stats net(x)"
         ),
