@@ -149,7 +149,9 @@ def instead_of_net(loss: Loss) -> tuple[str, str] | None:
     try:
         source = textwrap.dedent(inspect.getsource(function))
         tree = ast.parse(source)
-        names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        seen = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        # In a notebook a parameter is often called as the model is.
+        names = {name: value for name, value in seen.items() if name not in function.__code__.co_varnames}
     except (OSError, TypeError, SyntaxError, AttributeError):
         return None
     net = next(iter(inspect.signature(function).parameters), "")

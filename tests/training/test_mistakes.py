@@ -112,6 +112,15 @@ def test_a_loss_that_never_calls_the_net(notebook):
         assert (note.kind, note.text, note.advice) == ("gradient", text, [("in your loss: ", "net(batch['x'])")])
 
 
+def test_a_loss_that_leaves_what_the_net_gives_calls_it_all_the_same(notebook):
+    notebook(PLAIN)
+    notebook(f"{DATA}\nimport jax.numpy as jnp")
+    notebook(LOSS.format("net, batch", "net(batch['x'])\n  return jnp.float32(3)"))
+    notebook("%flax_train -q -o run --optimizer optax.sgd(0.1) --steps 2 loss(net, batch);")
+    notes = [note.text for note in notebook["run"].notes if note.kind == "gradient"]
+    assert notes == [f"{layer} has no gradient: the loss does not depend on it" for layer in ("BatchNorm_0", "Dense_0")]
+
+
 def test_an_nnx_module_whose_mode_the_loss_sets(notebook):
     notebook(
         "%%flaxmodel net = Net()\nfrom flax import nnx\nclass Net(nnx.Module):\n  def __init__(self, rngs):\n"
