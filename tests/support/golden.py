@@ -110,7 +110,7 @@ def _without(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: _without(value) for name, value in sorted(data.items()) if name not in ELSEWHERE}
     if isinstance(data, float):
-        return float(f"{round(data, 6) + 0.0:.4g}")  # the last bits are others on each version
+        return float(f"{round(data, 6) + 0.0:.3g}")  # the last bits are others on each version and processor
     return [_without(value) for value in data] if isinstance(data, list) else data
 
 
