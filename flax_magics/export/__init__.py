@@ -120,25 +120,21 @@ def _model(
     module = entry.model.module
     # Registered under its class's name: in the script that name is the class.
     instance = free.take(variable_name(name)) if type(module).__name__ == name else name
-    linen, opt_state = _linen_models(entries), None if entry.training is None else entry.training.opt_state
-    if name not in linen:
+    opt_state = None if entry.training is None else entry.training.opt_state
+    if entry.model.api != "linen":
         construction = entry.built.recipe.text if entry.built is not None else ""
         saved = entry.model.variables_to_save(None)
         loaded = {kind: tree for kind, tree in saved.items() if kind not in ("RngKey", "RngCount")}
         return ScriptModel(instance, module, True, construction=construction, loaded=loaded, opt_state=opt_state)
     variables = _name_of_init(name, runs, sources)
     if not variables:
-        variables = free.take(*(["variables"] if len(linen) == 1 else []), f"{instance}_variables")
+        alone = [other.model.api for other in entries.values()].count("linen") == 1
+        variables = free.take(*(["variables"] if alone else []), f"{instance}_variables")
     adds = any(run.model == name and run.made is not None and run.made.added for run in runs)
     first_key = free.take(f"{instance}_init_key") if adds else ""
     return ScriptModel(
         instance, module, False, variables, first_key=first_key, loaded=entry.variables, opt_state=opt_state
     )
-
-
-def _linen_models(entries: Mapping[str, ModelEntry]) -> list[str]:
-    """Names of the linen models: their fields tell how they are built, and the script has a variable for their variables."""
-    return [name for name, entry in entries.items() if entry.model.api == "linen"]
 
 
 def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:
@@ -254,7 +250,7 @@ def _construction(name: str, entries: Mapping[str, ModelEntry], file: _File | No
     if known is not None:
         return [] if known == name else [f"{name} = {known}"]
     cls = type(model.module)
-    if file is None or name not in _linen_models(entries):
+    if file is None or model.api != "linen":  # of these fields tell how they are built
         what = "is the construction of" if file is not None else "is the code of"
         return [f"# Left out: nobody knows where {what} `{name}`, {model.describe()}."]
     files.use(file, cls.__qualname__.partition(".")[0])

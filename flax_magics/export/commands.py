@@ -95,7 +95,6 @@ def set_aside(context: ScriptContext, name: str, replaced: list[bool]) -> list[s
     context.assigned.add(kept)
     if not model.holds:
         return [f"{kept} = {model.variables}"]
-    context.writer.needs |= {"jax", "nnx"}
     return [f"{kept} = jax.tree.map(lambda leaf: leaf, nnx.state({model.name}))"]
 
 
@@ -157,7 +156,6 @@ def _registered(command: CommandLines) -> list[str]:
         context.lost.pop(run.model or name, None)
         context.laid_out.discard(model.name)
         context.assigned |= {writer.root, model.name}
-        writer.needs.add("nnx")
         lines += command.draw_of_init(*SPLIT)
         lines.append(f"{model.name} = {runs.construction_of(run, writer.params, writer.dropout)}")
         lines += writer.show(label_of(f"{model.name} = {run.call}"), f"nnx.state({model.name})")
@@ -170,7 +168,6 @@ def _registered(command: CommandLines) -> list[str]:
         if context.states.get(name) == "unchanged":
             return []
         # An edit after which the old values were kept: any keys will do, but the same streams must be there.
-        writer.needs.add("nnx")
         written = runs.with_rngs(written)
     context.assigned.add(name)
     return [f"{name} = {written}"]
@@ -181,8 +178,6 @@ def _variables(command: CommandLines) -> list[str]:
     context, site = command.context, command.site
     name, equals, value = (part.strip() for part in site.parsed.rest.partition("="))
     model = context.model(name)
-    if model.holds:
-        command.writer.needs.add("nnx")
     if not equals:
         variables = _variables_of(context, name)
         if model.holds:  # of its own, as the session gave it: later runs write into the module's
@@ -240,7 +235,6 @@ def _load(command: CommandLines) -> list[str]:
             lines.append(f"# Left out: {context.lost[name]}.")
             continue
         context.lost.pop(name, None)
-        writer.needs |= {"safetensors", "traverse_util"}
         tensors = writer.variable("tensors", "loaded_tensors")
         # One reading serves all models of the file.
         if not any("load_file(" in line for line in lines):
@@ -267,15 +261,8 @@ def _load(command: CommandLines) -> list[str]:
 
 def _into_module(command: CommandLines, model: ScriptModel, arrays: str) -> list[str]:
     """The lines that put a file's `arrays` into an NNX module."""
-    command.writer.needs.add("nnx")
-    values, unit = command.writer.variable("loaded", "loaded_values"), command.writer.unit
-    kinds = [f"nnx.{kind}" for kind in model.loaded]
-    return [
-        f"for kind in ({', '.join(kinds)}{',' * (len(kinds) == 1)}):",
-        f"{unit}{values} = nnx.state({model.name}, kind)",
-        f"{unit}nnx.replace_by_pure_dict({values}, {arrays}[kind.__name__])",
-        f"{unit}nnx.update({model.name}, {values})",
-    ]
+    values, kinds = command.writer.variable("loaded", "loaded_values"), [f"nnx.{kind}" for kind in model.loaded]
+    return command.writer.rendered("calls", "nnx_loaded", model.name, values, arrays, kinds)
 
 
 def _why_unreadable(load: Load, name: str, model: ScriptModel) -> str:

@@ -291,13 +291,10 @@ class CommandLines:
         if not facts:
             raise CannotSay("the session does not know how it was run")
         last = facts[-1]
-        if any(each.taken != last.taken for each in facts):
-            raise CannotSay("its first run, which made the variables, had another `params` key than the others")
-        if any(each.containers != last.containers for each in facts):
-            raise CannotSay("an argument was put together in another way each time")
         modes = [(each.arguments, each.module, None if each.mode is None else each.mode.to) for each in facts]
-        if any(mode != modes[-1] for mode in modes):
-            raise CannotSay("its model takes its mode in another way since an edit")
+        alike = [(each.taken, each.containers, mode) for each, mode in zip(facts, modes, strict=True)]
+        if any(one != alike[-1] for one in alike):  # keys, containers in the call, or after an edit the mode
+            raise CannotSay("its runs differ too much for one set of lines")
         mode = last.mode
         if mode is not None and any(each.mode != mode for each in facts):
             # Runs that set the mode back in different ways: a copy is run, which needs no setting back.
@@ -353,7 +350,6 @@ class CommandLines:
         if len(draws) > 1:
             raise CannotSay("--keys-of stood for another draw each time")
         ((seed, number),) = draws
-        writer.needs.add("jax")
         root = writer.variable("replayed_root_key")
         names = {name: writer.variable(f"replayed_{name}_key") for name in streams}
         which = f"draw {number}" if size in (None, 1) else f"draws {number} to {number + size - 1}"

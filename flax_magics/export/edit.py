@@ -291,20 +291,6 @@ def mentioned(node: ast.AST) -> Iterator[str]:
         yield from (name for name in mentioned(child) if name not in methods_own)
 
 
-SUBMODULE = re.compile(r"import (\w+)\.(\w+) as (\w+)")
-"""`import flax.linen as nn`, which binds what `from flax import linen as nn` does."""
-
-
-def singly(statement: ast.stmt) -> list[ast.stmt]:
-    """A statement that imports several names as several statements; none for any other."""
-    match statement:
-        case ast.Import(names):
-            return [ast.Import([name]) for name in names]
-        case ast.ImportFrom(module, names, level):
-            return [ast.ImportFrom(module, [name], level) for name in names]
-    return []
-
-
 def by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:
     """The statements in groups that share a line."""
     lines: list[list[ExecutedStatement]] = []

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from ..line.call import Argument, CallExpression
 from ..run import ContainerPart, ExportFacts
-from .writer import LineWriter, call, indented
+from .writer import LineWriter
 
 
 class CannotSay(Exception):
@@ -182,9 +182,5 @@ class JittedFunction(Struct, frozen=True):
 
     def lines(self, writer: LineWriter, name: str) -> list[str]:
         """The lines of the function, defined as `name`."""
-        above = [f"@{self.decorator}"] if self.decorator else []
-        if self.static:
-            writer.needs.add("functools")
-            names = ", ".join(map(writer.text, self.static)) + ("," if len(self.static) == 1 else "")
-            above = [f"@functools.partial({self.decorator}, static_argnames=({names}))"]
-        return [*above, call(f"def {name}(", self.parameters, "):"), *indented(self.body, writer.unit)]
+        static = ", ".join(map(writer.text, self.static)) + "," * (len(self.static) == 1)
+        return writer.rendered("calls", "function", self, name, static)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..line.call import CallExpression
 from ..line.expression import segment
-from ..run import ExportFacts
+from ..run import MODULE, ExportFacts
 from .context import CommandLines
 from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split
 from .mesh import arguments_on_mesh, variables_on_mesh
-from .runs import build_before, keep_first_key, mode_lines, of_module, rebuilt, reseeded
+from .runs import build_before, keep_first_key, mode_lines, rebuilt, reseeded
 from .writer import call, indented
 
 TAKEN = (
@@ -32,51 +32,21 @@ def grad_linen(command: CommandLines) -> list[str]:
     if facts.axes or facts.sown:
         raise CannotSay("its net names a mapped axis" if facts.axes else "its net sows values")
     lines, key, params = command.keys()
-    switches = [f"{name}={value}" for name, value in facts.arguments]
-    module = of_module(command, facts.module, model.name)
-    writer.needs |= {"nn", "jax"}
     if command.initialising:
         lines += init_lines(command, loss, as_written(after_net.arguments), params)
     lines += variables_on_mesh(command)
     names = {stream: f"{stream}_key" for stream in facts.streams}
     arguments = split(writer, after_net, facts, (*TAKEN, model.name, loss, *names.values()))
     arguments_on_mesh(command, arguments)
-    items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside, *switches]
-    if names:
-        items.append(f"rngs={{{', '.join(f'{writer.text(stream)}: {name}' for stream, name in names.items())}}}")
-    mutable = f", mutable=[{', '.join(map(writer.text, facts.mutable))}]" if facts.mutable else ""
-    applied = call(f"nn.apply({loss}, {module}{mutable})(", items)
-    metrics = "metrics" in facts.returns
-    inside = [f"return {applied}"]
-    if metrics and mutable:
-        inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
-    aux = ", has_aux=True" if metrics or mutable else ""
-    quoted, frozen, sep = (
-        writer.text("params"),
-        patterns_of(command, command.options["freeze"]),
-        f"sep={writer.text('/')}",
-    )
-    body = ["def loss_of(params):", *indented(inside, writer.unit), ""]
-    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{quoted}])")
-    if frozen:
-        writer.needs |= {"fnmatch", "traverse_util"}
-        is_frozen = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {frozen})"
-        merged = f"params = traverse_util.unflatten_dict({{**frozen, **trained}}, {sep})"
-        body = [
-            f"params = traverse_util.flatten_dict(variables[{quoted}], {sep})",
-            f"frozen = {{name: value for name, value in params.items() if {is_frozen}}}",
-            "trained = {name: value for name, value in params.items() if name not in frozen}",
-            "",
-            "def loss_of(trained):",
-            *indented([merged, *inside], writer.unit),
-            "",
-            f"result, grads = jax.value_and_grad(loss_of{aux})(trained)",
-            f"return result, traverse_util.unflatten_dict(grads, {sep})",
-        ]
+    items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside]
+    metrics, mutable = "metrics" in facts.returns, bool(facts.mutable)
+    frozen = patterns_of(command, command.options["freeze"])
+    called = applied(command, loss, facts, items, names)
+    body = writer.rendered("calls", "linen_grads", called, metrics, mutable, frozen)
     parameters = ("variables", *arguments.parameters, *names.values())
     function = _function(command, loss, parameters, body, arguments)
     value = call(f"{function}(", [model.variables, *arguments.outside, *(key(stream) for stream in names)])
-    return [*lines, *_value_lines(command, value, metrics=metrics, updates="updates" if mutable else "")]
+    return [*lines, *_value_lines(command, value, metrics=metrics, updates=mutable)]
 
 
 def grad_nnx(command: CommandLines) -> list[str]:
@@ -87,33 +57,49 @@ def grad_nnx(command: CommandLines) -> list[str]:
     """
     writer, model, facts = command.writer, command.model, command.facts
     loss, after_net = taken_apart(command)
-    kinds = [name for name in facts.mutable if name != "Intermediate"]
-    if facts.sown or facts.handed or any(name not in ("BatchStat", "Cache") for name in kinds):
+    if facts.sown or facts.handed:
         raise CannotSay("what its net draws or writes has no lines yet")
+    written = written_by(facts)
     lines, key, params = command.keys()
-    writer.needs.add("nnx")
     if command.initialising:
         lines.append(rebuilt(command, build_before(command), params, key("dropout")))
     lines += variables_on_mesh(command)
     keys = {stream: key(stream) for stream in facts.streams}
     copy = writer.variable(f"{model.name}_copy")
-    lines += [f"{copy} = nnx.clone({model.name})", *reseeded(command, keys, copy), *mode_lines(command, copy)]
+    lines += [f"{copy} = nnx.clone({model.name})", *reseeded(writer, facts, keys, copy), *mode_lines(facts, copy)]
     switches = [f"{name}={value}" for name, value in facts.arguments]
     arguments = split(writer, after_net, facts, (*TAKEN, loss, model.name))
     arguments_on_mesh(command, arguments)
     metrics = "metrics" in facts.returns
-    frozen, of, aux = patterns_of(command, command.options["freeze"]), "", ", has_aux=True" if metrics else ""
-    body: list[str] = []
-    if frozen:
-        writer.needs.add("fnmatch")
-        of = ", argnums=nnx.DiffState(0, is_trained)"
-        body = ["def is_trained(path, value):", *indented(is_trained_body(command, frozen), writer.unit), ""]
-    body.append(call(f"return nnx.value_and_grad({loss}{of}{aux})(", [model.name, *arguments.inside, *switches]))
+    frozen = patterns_of(command, command.options["freeze"])
+    passed = [model.name, *arguments.inside, *switches]
+    body = writer.rendered("calls", "nnx_grads", loss, passed, metrics, frozen)
     function = _function(command, loss, (model.name, *arguments.parameters), body, arguments)
     value = call(f"{function}(", [copy, *arguments.outside])
-    filters = [f"nnx.{name}" for name in kinds]
-    state = f"nnx.state({copy}, {filters[0] if len(filters) == 1 else f'nnx.Any({chr(44).join(filters)})'})"
-    return [*lines, *_value_lines(command, value, metrics=metrics, state=state if kinds else "")]
+    state = f"nnx.state({copy}, {written})" if written else ""
+    return [*lines, *_value_lines(command, value, metrics=metrics, state=state)]
+
+
+def applied(command: CommandLines, loss: str, facts: ExportFacts, items: Sequence[str], keys: Mapping[str, str]) -> str:
+    """The loss applied to a linen net in the mode of `facts`.
+
+    Args:
+      items: variables, batch and what follows it.
+      keys: stream → its key.
+    """
+    text, net = command.writer.text, facts.module.replace(MODULE, command.model.name)
+    mutable = f", mutable=[{', '.join(map(text, facts.mutable))}]" if facts.mutable else ""
+    switches = [f"{name}={value}" for name, value in facts.arguments]
+    rngs = ", ".join(f"{text(stream)}: {key}" for stream, key in keys.items())
+    return call(f"nn.apply({loss}, {net}{mutable})(", [*items, *switches, *([f"rngs={{{rngs}}}"] if rngs else [])])
+
+
+def written_by(facts: ExportFacts) -> str:
+    """The filter of what an NNX module writes; empty without any. Raises CannotSay for types of the user's."""
+    kinds = [f"nnx.{name}" for name in facts.mutable if name != "Intermediate"]
+    if any(kind not in ("nnx.BatchStat", "nnx.Cache") for kind in kinds):
+        raise CannotSay("its net writes variables of a type of its own")
+    return f"nnx.Any({', '.join(kinds)})" if len(kinds) > 1 else "".join(kinds)
 
 
 def taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
@@ -144,20 +130,6 @@ def patterns_of(command: CommandLines, freeze: Sequence[str]) -> str:
     return f"({', '.join(map(command.writer.text, patterns))})" if patterns else ""
 
 
-def is_trained_body(command: CommandLines, frozen: str) -> list[str]:
-    """The body of `is_trained(path, value)`: whether a variable of an NNX module is trained.
-
-    Args:
-      frozen: `patterns_of` those that are not.
-    """
-    return [
-        f"names = {command.writer.text('/')}.join(map(str, path)), type(value).__name__",
-        f"patterns = {frozen}",
-        "frozen = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)",
-        "return isinstance(value, nnx.Param) and not frozen",
-    ]
-
-
 def init_lines(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
     """The lines of the init that was part of the first run."""
     model, context = command.model, command.context
@@ -165,7 +137,7 @@ def init_lines(command: CommandLines, loss: str, arguments: Sequence[str], param
     if facts.init_streams:
         raise CannotSay("its init asks for more streams than `params`")
     context.assigned.add(model.variables)
-    module = of_module(command, facts.init_module, model.name)
+    module = facts.init_module.replace(MODULE, model.name)
     items = [params, *arguments, *(f"{name}={value}" for name, value in facts.init_arguments)]
     lines = [call(f"{model.variables} = nn.init({loss}, {module})(", items), *keep_first_key(command, params)]
     # In a loop or a function only the first run initialises.
@@ -186,23 +158,22 @@ def _function(
     return command.context.define(function, command.site)
 
 
-def _value_lines(command: CommandLines, value: str, *, metrics: bool, updates: str = "", state: str = "") -> list[str]:
+def _value_lines(
+    command: CommandLines, value: str, *, metrics: bool, updates: bool = False, state: str = ""
+) -> list[str]:
     """The lines that take the value apart, print its digest, and assign it under the names of `Gradients`."""
     writer = command.writer
-    loss, grads = writer.variable("loss_value"), writer.variable("grads")
-    parts = {"loss": loss, "grads": grads}
-    names = [writer.variable(name) for name in ("metrics", updates) if name and (name != "metrics" or metrics)]
-    parts |= {"metrics": writer.variable("metrics")} if metrics else {}
-    parts |= {"updates": writer.variable("updates")} if updates else {}
-    aux = f"({', '.join(names)})" if len(names) == 2 else "".join(names)
-    lines = [f"{f'({loss}, {aux})' if aux else loss}, {grads} = {value}"]
+    aux = {name: writer.variable(name) for name, there in (("metrics", metrics), ("updates", updates)) if there}
+    parts = {"loss": writer.variable("loss_value"), "grads": writer.variable("grads"), **aux}
+    given = ", ".join(aux.values())
+    loss = f"({parts['loss']}, {f'({given})' if len(aux) > 1 else given})" if aux else parts["loss"]
+    lines = [f"{loss}, {parts['grads']} = {value}"]
     if state:
         parts["updates"] = writer.variable("updates")
         lines.append(f"{parts['updates']} = {state}")
     shown = ", ".join(f"{writer.text(name)}: {part}" for name, part in parts.items())
     lines += writer.show(command.label, f"{{{shown}}}")
     if command.site.target:
-        writer.needs.add("types")
         missing = [f"{name}=None" for name in ("metrics", "updates") if name not in parts]
         fields = [*(f"{name}={part}" for name, part in parts.items()), *missing]
         lines.append(call(f"{command.site.target} types.SimpleNamespace(", fields))

@@ -32,22 +32,13 @@ def mesh_lines(command: CommandLines) -> list[str]:
         return [_put(command, model, "jax.devices()[0]") for model in models]
     axes = mesh_axes(written)
     context.mesh, context.laid_out = written, set()
-    writer.needs.add("jax")
     known = [size for size in axes.values() if size != -1]
     others = " * ".join(map(str, known))
     left = "len(jax.devices())" + (f" // ({others})" if len(known) > 1 else f" // {others}" if known else "")
-    sizes = ", ".join(left if size == -1 else str(size) for size in axes.values())
-    types = "(jax.sharding.AxisType.Auto,)" + (f" * {len(axes)}" if len(axes) > 1 else "")
-    comma = "," * (len(axes) == 1)
-    names = ", ".join(map(writer.text, axes))
-    mesh, cut, whole = names_of(command)
-    context.assigned |= {mesh, cut, whole}
-    batch = writer.text(DATA) if DATA in axes else ""
-    return [
-        f"{mesh} = jax.make_mesh(({sizes}{comma}), ({names}{comma}), axis_types={types})",
-        f"{cut} = jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec({batch}))",
-        f"{whole} = jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec())",
-    ]
+    sizes = [left if size == -1 else str(size) for size in axes.values()]
+    names, batch = names_of(command), writer.text(DATA) if DATA in axes else ""
+    context.assigned |= {*names}
+    return writer.rendered("calls", "mesh", names, sizes, [*map(writer.text, axes)], batch)
 
 
 def names_of(command: CommandLines) -> tuple[str, str, str]:
@@ -108,17 +99,15 @@ def _put(command: CommandLines, model: ScriptModel, where: str) -> str:
     if not model.holds:
         command.context.assigned.add(model.variables)
         return f"{model.variables} = jax.device_put({model.variables}, {where})"
-    command.writer.needs |= {"nnx", "jax"}
     return f"nnx.update({model.name}, jax.device_put(nnx.state({model.name}), {where}))"
 
 
 def _annotated(command: CommandLines, tree: str) -> str:
     """The shardings of a tree by the annotations of the command's model, as an expression."""
-    use, model, needs = mesh_of(command), command.model, command.writer.needs
+    use, model = mesh_of(command), command.model
     loaded = sys.modules["flax.nnx"].state(model.module) if model.holds else model.loaded
     if use is None or not names_in_tree(loaded) <= {name for name, _ in use.axes}:
         raise CannotSay("its variables lie on the mesh as plain lines do not put them")
-    needs |= {"nnx" if model.holds else "nn", "jax"}
     return f"{'nnx.get_named_sharding' if model.holds else 'nn.get_sharding'}({tree}, {names_of(command)[0]})"
 
 
@@ -167,12 +156,6 @@ def _on_mesh(command: CommandLines, use: MeshUse, written: str, path: str) -> st
         raise CannotSay(f"parts of `{written}` are cut over the mesh, and others are not")
     where = {CUT: cut, WHOLE: whole}.get(next(iter(how), ""))
     return f"jax.device_put({written}, {where})" if where else written
-
-
-def updates_on_mesh(command: CommandLines, value: str) -> list[str]:
-    """The body of a linen model's function whose updates are laid out as the variables in whose place they come."""
-    _, _, whole = names_of(command)
-    return [f"output, updates = {value}", f"return output, jax.lax.with_sharding_constraint(updates, {whole})"]
 
 
 class TrainingOnMesh:

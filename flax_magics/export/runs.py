@@ -10,7 +10,7 @@ from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build
 from .context import CommandLines
 from .functions import CannotSay, SplitArguments, as_written, split
-from .mesh import arguments_on_mesh, mesh_of, updates_on_mesh, variables_on_mesh, written_on_mesh
+from .mesh import arguments_on_mesh, mesh_of, names_of, variables_on_mesh, written_on_mesh
 from .writer import LineWriter, call, indented, label_of
 
 Keys = Mapping[str, str]
@@ -28,15 +28,7 @@ def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
     """The keys as passed to a function; those of `--samples` are lists, which are stacked to be mapped."""
     if command.options["samples"] is None or not keys:
         return [*keys]
-    command.writer.needs.add("jnp")
     return [f"jnp.stack({name})" for name in keys]
-
-
-def of_module(command: CommandLines, expression: str, module: str) -> str:
-    """`expression` with `module` in the place of `MODULE`."""
-    if "dataclasses." in expression:
-        command.writer.needs.add("dataclasses")
-    return expression.replace(MODULE, module)
 
 
 # -- linen
@@ -103,21 +95,9 @@ def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
     arguments = split(writer, command.call, facts, ("jax", name, "variables", *one, *many))
     arguments_on_mesh(command, arguments)
     value = call(*_apply_items(command, inside, arguments.inside, "variables"))
-    body = [f"return {value}"]
-    if samples is None and facts.kept and mesh_of(command) is not None:
-        body = updates_on_mesh(command, value)
-    if samples is not None and one:
-        mapped = f"return jax.vmap(one_sample)({', '.join(many)})"
-        body = [f"def one_sample({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
-    elif samples is not None:
-        body = [f"return jax.vmap(lambda: {value}, axis_size={samples})()"]
-    elif facts.axes:
-        # The model names a mapped axis: an axis of one element stands for this one device.
-        mapped = "one_device"
-        for axis in sorted(facts.axes):
-            mapped = f"jax.vmap({mapped}, axis_name={writer.text(axis)}, axis_size=1)"
-        body = ["def one_device():", f"{writer.unit}return {value}", "", f"outputs = {mapped}()"]
-        body.append(f"return jax.tree.map(lambda leaf: leaf[{', '.join('0' * len(facts.axes))}], outputs)")
+    replicated = names_of(command)[2] if facts.kept and mesh_of(command) is not None else ""
+    axes = [writer.text(axis) for axis in sorted(facts.axes)]
+    body = writer.rendered("calls", "linen_apply", value, samples, one, many, axes, replicated)
     parameters = ("variables", *_with_keys(arguments.parameters, many))
     function = command.jitted("jax.jit", parameters, body, arguments.static)
     return call(f"{function}(", [variables, *_with_keys(arguments.outside, _passed(command, keys.values()))])
@@ -136,7 +116,7 @@ def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str)
         streams = (command.writer.text(stream) for stream in ("params", *facts.init_streams))
         key = "{" + ", ".join(f"{stream}: {key}" for stream in streams) + "}"
     arguments = _arguments(command, as_written(command.call.arguments), facts.init_arguments, keys)
-    return f"{of_module(command, facts.init_module, command.model.name)}.init(", [key, *arguments, *_method(command)]
+    return f"{facts.init_module.replace(MODULE, command.model.name)}.init(", [key, *arguments, *_method(command)]
 
 
 def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], variables: str) -> tuple[str, list[str]]:
@@ -148,7 +128,7 @@ def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], va
         items.append(f"rngs={{{rngs}}}")
     if mutable:
         items.append(f"mutable=[{', '.join(map(writer.text, mutable))}]")
-    return f"{of_module(command, facts.module, command.model.name)}.apply(", [*items, *_method(command)]
+    return f"{facts.module.replace(MODULE, command.model.name)}.apply(", [*items, *_method(command)]
 
 
 def _mutable(command: CommandLines) -> list[str]:
@@ -198,7 +178,6 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
     if adding:
         if command.site.path and len(adding) < len(command.runs):
             raise CannotSay("its first run added variables to those that were there, and the others did not")
-        writer.needs.add("traverse_util")
         flat = writer.variable("flat_variables")
         init_call, items = init_of(adding[0], model.first_key or params)
         lines.append(call(f"{flat} = traverse_util.flatten_dict({init_call}", items, "))"))
@@ -242,7 +221,6 @@ def init_nnx(command: CommandLines) -> list[str]:
 
 def rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
     """The line that gives a module's own variables the values of a newly built module."""
-    command.writer.needs.add("nnx")
     name, construction = command.model.name, construction_of(run, params, dropout)
     if name in command.context.apart:  # the session builds it from the class that it had then
         construction = f"type({name}){construction[construction.index('(') :]}"
@@ -269,16 +247,15 @@ def apply_nnx(command: CommandLines) -> list[str]:
     if options["variables"] is not None or (not many and (not keeps or (facts.mode and facts.mode.back is None))):
         # A run that keeps nothing works on a copy, with the given variables if there are some.
         module = writer.variable(f"{model}_copy")
-        writer.needs.add("nnx")
         lines.append(f"{module} = nnx.clone({model})")
         lines += [] if options["variables"] is None else [f"nnx.update({module}, {options['variables']})"]
     parts = "parts" in facts.returns
     if many:
         return [*lines, *command.value_lines(_call_of_many(command, keys, module), parts=parts)]
     # In the order of a run: keys, mode, call, and the mode set back.
-    lines += [*reseeded(command, keys, module), *mode_lines(command, module)]
+    lines += [*reseeded(writer, facts, keys, module), *mode_lines(facts, module)]
     value = _nnx_call(command, keys, module)
-    after = mode_lines(command, module, back=True) if module == model else []
+    after = mode_lines(facts, module, back=True) if module == model else []
     keep = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
     popped = f"nnx.pop({module}, nnx.Intermediate)" if facts.sown else ""
     if not options["mutable"]:
@@ -287,7 +264,6 @@ def apply_nnx(command: CommandLines) -> list[str]:
     # With `--mutable` the cell's value is (output, updates).
     lines += [f"{command.output} = {value}", *after, *keep]
     if popped:
-        writer.needs.add("nnx")
         sown = [collection for collection in facts.given if collection.sown]
         if not sown:
             lines.append(popped)
@@ -338,11 +314,9 @@ def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
     rngs = _rngs(command, inside)
     if rngs:
         line = line.replace("rngs=rngs", f"rngs={rngs}")
-    inner = [f"{copy} = nnx.clone({name})", *reseeded(command, inside, copy), *mode_lines(command, copy), line]
-    mapped = f"jax.vmap(one_sample)({', '.join(many)})"
-    if not keys:
-        mapped = f"jax.vmap(one_sample, axis_size={command.options['samples']})()"
-    body = [f"def one_sample({', '.join(one)}):", *indented(inner, command.writer.unit), "", f"return {mapped}"]
+    facts, writer = command.facts, command.writer
+    inner = [f"{copy} = nnx.clone({name})", *reseeded(writer, facts, inside, copy), *mode_lines(facts, copy), line]
+    body = writer.rendered("calls", "nnx_samples", inner, command.options["samples"], one, many)
     function = command.jitted("nnx.jit", (name, *arguments.parameters, *many), body, arguments.static)
     return call(f"{function}(", [module, *arguments.outside, *_passed(command, keys.values())])
 
@@ -355,7 +329,6 @@ def _call_in_function(command: CommandLines) -> tuple[SplitArguments, list[str],
     arguments = split(writer, command.call, facts, ("jax", "nnx", name, *keys.values(), *rngs))
     arguments_on_mesh(command, arguments)
     items = [*_arguments(command, arguments.inside, facts.arguments, keys), *(f"{each}={each}" for each in rngs)]
-    writer.needs.add("nnx")
     parameters = _starred_last([name, *arguments.parameters, *keys.values(), *rngs])
     return arguments, parameters, call(f"return {'.'.join((name, *command.call.method))}(", items)
 
@@ -364,13 +337,11 @@ def _starred_last(arguments: Sequence[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: argument.startswith("*"))
 
 
-def reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
+def reseeded(writer: LineWriter, facts: ExportFacts, keys: Keys, module: str) -> list[str]:
     """The line that gives the module's own random streams the keys of the draw; none if it holds none of these."""
-    writer, facts = command.writer, command.facts
     streams = [f"{stream}={keys[stream]}" for stream in facts.streams if stream in facts.held]
     if not streams:
         return []
-    writer.needs.add("nnx")
     return [call("nnx.reseed(", [module, f"policy={writer.text('match_shape')}", *streams])]
 
 
@@ -379,17 +350,16 @@ def _rngs(command: CommandLines, keys: Keys) -> str:
     facts = command.facts
     if not facts.handed:
         return ""
-    command.writer.needs.add("nnx")
     # Streams that the module holds are reseeded there.
     in_module = facts.held - set(SPLIT)
     return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
 
 
-def mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:
+def mode_lines(facts: ExportFacts, module: str, *, back: bool = False) -> list[str]:
     """The lines that set the mode on the module; with `back` those that restore it."""
-    mode = command.facts.mode
+    mode = facts.mode
     lines = () if mode is None else mode.back or () if back else mode.to
-    return [of_module(command, line, module) for line in lines]
+    return [line.replace(MODULE, module) for line in lines]
 
 
 def _updates(command: CommandLines, module: str, popped: str) -> str:

@@ -17,7 +17,6 @@ from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, Function
 from .commands import LINES, SESSION_VARIABLES, set_aside
 from .context import CommandLines, ScriptContext, initialises
 from .edit import (
-    SUBMODULE,
     Edit,
     assigned_by,
     binds,
@@ -26,7 +25,6 @@ from .edit import (
     lines_of_statement,
     reads,
     sets_variables,
-    singly,
 )
 from .functions import CannotSay, Function, JittedFunction
 from .writer import Lines, draws, joined, tried_until
@@ -418,7 +416,6 @@ class Script:
             if row.state == "unchanged":
                 restore.append(f"{model.name} = {old}")
             else:
-                self.context.writer.needs.add("nnx")
                 # The new object gets the old values; the streams' state is set by each run.
                 restore.append(f"nnx.update({model.name}, nnx.state({old}, nnx.Not(nnx.RngState)))")
         return keep, restore
@@ -459,11 +456,14 @@ class Script:
             first = cell + 1, 0
         block, place = first
         above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
+        nodes = (node for lines in chain(*blocks) if lines.ours for node in ast.walk(ast.parse("\n".join(lines.text))))
+        needed = {ast.unparse(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+        needed |= {"jax"} if writer.labels else set()
         # Not twice: the user's own cells may have the same imports above.
-        there = {ast.unparse(one) for statement in ast.parse("\n".join(above)).body for one in singly(statement)}
-        there |= {f"from {one[1]} import {one[2]} as {one[3]}" for one in map(SUBMODULE.fullmatch, there) if one}
-        writer.needs |= {"jax"} if writer.labels else set()
-        missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
+        imports = (each for each in ast.parse("\n".join(above)).body if isinstance(each, (ast.Import, ast.ImportFrom)))
+        there = {alias.asname or alias.name for statement in imports for alias in statement.names}
+        lines_of = (writer.IMPORTS[name] for name in needed & writer.IMPORTS.keys())
+        missing = sorted(line for line in lines_of if line.split()[-1] not in there)
         head = [Lines(missing, apart=place > 0)] if missing else []
         if writer.labels:
             head.append(Lines(writer.fitted(writer.digest_function(_leaves(self.context))), apart=True))

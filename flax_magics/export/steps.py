@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..base.measures import EVAL
-from ..run import ExportFacts
 from .context import CommandLines
 from .functions import CannotSay, as_written, split
-from .losses import check_names, init_lines, is_trained_body
-from .runs import build_before, mode_lines, of_module, rebuilt
+from .losses import applied, check_names, init_lines, written_by
+from .runs import build_before, mode_lines, rebuilt, reseeded
 from .training import TAKEN, Part, TrainLines
-from .writer import call, indented
+from .writer import call
 
 
 def train_linen(command: CommandLines, part: Part) -> list[str]:
     """The lines for a linen net. Raises CannotSay where there are none, or its runs differ too much for one set."""
     training = TrainLines(command, part)
     writer, facts, model, loss = command.writer, command.facts, command.model, training.loss
-    writer.needs.add("nn")
     quoted, variables = writer.text("params"), model.variables
     command.context.assigned.add(variables)
-    of_params, whole, split_frozen = f"variables[{quoted}]", "{}", ""
-    if training.frozen:
-        writer.needs |= {"fnmatch", "traverse_util"}
-        split_frozen, merge_frozen = _with_frozen(training)
-        of_params, whole = f"{split_frozen}(variables[{quoted}])", f"{merge_frozen}({{}}, frozen)"
-    items = [f"{{**variables, {quoted}: {whole.format('params')}}}", *training.arguments.inside]
-    rngs = [f"{writer.text(stream)}: {key}" for stream, key in training.folded.items()]
-    applied = _applied(training, facts, items, rngs)
-    mutable = bool(facts.mutable)
-    inside = [f"return {applied}"]
-    if training.has_metrics and mutable:
-        inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
+    training.define_frozen()
+    items = [f"{{**variables, {quoted}: {training.whole('params')}}}", *training.arguments.inside]
+    called = applied(command, loss, facts, items, training.folded)
     statistics = [name for name in facts.mutable if name in facts.kept]
     new_statistics = [f"updates[{writer.text(name)}]" for name in statistics]
     updates = "".join(f"{writer.text(name)}: updates[{writer.text(name)}], " for name in statistics)
     if statistics and statistics == [*facts.mutable]:
         new_statistics, updates = ["updates"], "**updates, "
-    body = [
-        "variables, opt_state, finite = state",
-        *training.batch_line(),
-        f"params{', frozen' if split_frozen else ''} = {of_params}",
-        "",
-        "def loss_of(params):",
-        *indented(inside, writer.unit),
-        "",
-        *training.updated("updates" if mutable else ""),
-        f"new_variables = {{**variables, {updates}{quoted}: {whole.format('new_params')}}}",
-        *training.guarded(["new_variables"], ["variables"], ["new_params", *new_statistics]),
-    ]
-    step = training.step(body)
+    step = training.step(training.lines("linen_step", called, updates, new_statistics))
     opt_state, state = training.variable("opt_state"), training.variable("state")
     lines, optimizer = training.optimizer()
-    of_all = f"{variables}[{quoted}]"
-    trained = f"{split_frozen}({of_all})[0]" if split_frozen else of_all
+    trained = f"{variables}[{quoted}]"
+    trained = f"{training.split_frozen}({trained})[0]" if training.frozen else trained
     saved = command.context.saved.pop(command.indices[-1], "")
     if part.first == 0:
         draw_lines, params, _ = training.draw()
@@ -71,81 +48,29 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
     look = ""
     if _are_looks(training):
         looking = LookLines(training)
-        rngs = [f"{writer.text(stream)}: {key}" for stream, key in looking.folded.items()]
-        applied = _applied(training, looking.facts, ["variables", *looking.arguments.inside], rngs)
-        body = looking.body([], applied, updates=bool(looking.facts.mutable))
+        called = applied(command, loss, looking.facts, ["variables", *looking.arguments.inside], looking.folded)
+        body = looking.body([], called, updates=bool(looking.facts.mutable))
         data_lines, look = looking.lines(["variables"], [f"{state}[0]"], body)
         lines += data_lines
     lines += [f"{state} = {variables}, {opt_state}, True", *training.loop(step, optimizer, look)]
     return [*lines, f"{variables}, {opt_state}, _ = {state}", *training.ended(variables)]
 
 
-def _applied(training: TrainLines, facts: ExportFacts, items: Sequence[str], rngs: Sequence[str]) -> str:
-    """The loss applied to a linen net in the mode of `facts`; `items`: variables, batch and what follows it."""
-    text, model = training.writer.text, training.model
-    net = of_module(training.command, facts.module, model.name)
-    mutable = f", mutable=[{', '.join(map(text, facts.mutable))}]" if facts.mutable else ""
-    switches = [f"{name}={value}" for name, value in facts.arguments]
-    keys = [f"rngs={{{', '.join(rngs)}}}"] if rngs else []
-    return call(f"nn.apply({training.loss}, {net}{mutable})(", [*items, *switches, *keys])
-
-
-def _with_frozen(training: TrainLines) -> tuple[str, str]:
-    """Makes sure that the functions are defined that part frozen parameters from the others and join them again."""
-    sep = f"sep={training.writer.text('/')}"
-    matches = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {training.frozen})"
-    parts = [
-        "def is_frozen(name):",
-        f"{training.writer.unit}return {matches}",
-        "",
-        f"flat = traverse_util.flatten_dict(params, {sep})",
-        "frozen = {name: value for name, value in flat.items() if is_frozen(name)}",
-        "trained = {name: value for name, value in flat.items() if not is_frozen(name)}",
-        f"return traverse_util.unflatten_dict(trained, {sep}), frozen",
-    ]
-    joins = [
-        f"flat = {{**frozen, **traverse_util.flatten_dict(trained, {sep})}}",
-        f"return traverse_util.unflatten_dict(flat, {sep})",
-    ]
-    split_frozen = training.define("split_frozen", ("params",), parts)
-    return split_frozen, training.define("merge_frozen", ("trained", "frozen"), joins)
-
-
 def train_nnx(command: CommandLines, part: Part) -> list[str]:
     """The lines for an NNX module, of which a copy is trained. Raises CannotSay: see `train_linen`."""
     training = TrainLines(command, part)
     writer, facts, model = command.writer, command.facts, command.model
-    writer.needs.add("nnx")
-    kinds = [f"nnx.{name}" for name in facts.mutable if name != "Intermediate"]
-    if any(kind not in ("nnx.BatchStat", "nnx.Cache") for kind in kinds):
-        raise CannotSay("its net writes variables of a type of its own")
-    written = kinds[0] if len(kinds) == 1 else f"nnx.Any({', '.join(kinds)})" if kinds else ""
+    written = written_by(facts)
     trains = "nnx.Param"
     if training.frozen:
-        writer.needs.add("fnmatch")
-        body = is_trained_body(command, training.frozen)
+        body = writer.rendered("calls", "is_trained", training.frozen)
         trains = training.define("is_trained", ("path", "value"), body)
-    stats, new_stats = (["stats"], ["new_stats"]) if written else ([], [])
+    stats = ["stats"] if written else []
+    merged = f"model = nnx.merge({', '.join(('graphdef', 'params', *stats, 'rest'))}, copy=True)"
     switches = [f"{name}={value}" for name, value in facts.arguments]
     called = call(f"{training.loss}(", ["model", *training.arguments.inside, *switches])
-    result = f"nnx.state(model, {written})"
-    inside = [f"model = nnx.merge({', '.join(('graphdef', 'params', *stats, 'rest'))}, copy=True)"]
-    inside += _reseeded(training, {one: key for one, key in training.folded.items() if one in facts.held})
-    if written and training.has_metrics:
-        inside += [f"value, metrics = {called}", f"return value, (metrics, {result})"]
-    else:
-        inside.append(f"return {called}, {result}" if written else f"return {called}")
-    body = [
-        f"{', '.join(('params', *stats, 'opt_state', 'finite'))} = state",
-        *training.batch_line(),
-        "",
-        "def loss_of(params):",
-        *indented(inside, writer.unit),
-        "",
-        *training.updated("new_stats" if written else ""),
-        *training.guarded(["new_params", *new_stats], ["params", *stats], ["new_params", *new_stats]),
-    ]
-    step = training.step(body, static=["graphdef"], constant=["rest"])
+    body = training.lines("nnx_step", called, merged, written, *reseeded(writer, facts, training.folded, "model"))
+    step = training.step(body)
     net_copy, graphdef, rest = map(training.variable, (f"{model.name}_copy", "graphdef", "rest"))
     opt_state, state = training.variable("opt_state"), training.variable("state")
     values = [training.variable("params"), *(training.variable("stats") for _ in stats)]
@@ -159,7 +84,7 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
         *training.on_mesh.variables(),
         *training.data(),
         f"{net_copy} = nnx.clone({model.name})",
-        *mode_lines(command, net_copy),
+        *mode_lines(facts, net_copy),
     ]
     filters = ", ".join(filter(None, (trains, written, "...")))
     lines.append(f"{graphdef}, {', '.join((*values, rest))} = nnx.split({net_copy}, {filters})")
@@ -171,26 +96,18 @@ def train_nnx(command: CommandLines, part: Part) -> list[str]:
     look = ""
     if _are_looks(training):
         looking = LookLines(training)
-        inside = [f"model = nnx.merge({', '.join(('graphdef', 'params', *stats, 'rest'))}, copy=True)"]
-        mode = looking.facts.mode
-        inside += [] if mode is None else [of_module(command, line, "model") for line in mode.to]
-        inside += _reseeded(training, {one: key for one, key in looking.folded.items() if one in looking.facts.held})
+        inside = [merged, *mode_lines(looking.facts, "model")]
+        inside += reseeded(writer, looking.facts, looking.folded, "model")
         items = ["model", *looking.arguments.inside, *(f"{name}={value}" for name, value in looking.facts.arguments)]
         body = looking.body(inside, call(f"{training.loss}(", items))
         parameters = ["graphdef", "params", *stats, "rest"]
         passed = [graphdef, f"*{state}[:{len(values)}]" if stats else f"{state}[0]", rest]
-        data_lines, look = looking.lines(parameters, passed, body, ["graphdef"])
+        data_lines, look = looking.lines(parameters, passed, body)
         lines += data_lines
     lines.append(f"{state} = {', '.join((*values, opt_state))}, True")
-    lines += training.loop(step, optimizer, look, static=[graphdef], constant=[rest])
+    lines += training.loop(step, optimizer, look)
     lines += [f"{', '.join((*values, opt_state))}, _ = {state}", f"nnx.update({model.name}, {', '.join(values)})"]
     return [*lines, *training.ended(f"nnx.state({model.name}, nnx.Not(nnx.RngState))")]
-
-
-def _reseeded(training: TrainLines, keys: Mapping[str, str]) -> list[str]:
-    """The line that gives streams of `model` the keys of a step or look; none without any."""
-    policy = f"policy={training.writer.text('match_shape')}"
-    return [call("nnx.reseed(", ["model", policy, *(f"{one}={key}" for one, key in keys.items())])] if keys else []
 
 
 class LookLines:
@@ -228,19 +145,16 @@ class LookLines:
         command.writer.spare[of_model] = text
         return text
 
-    def lines(
-        self, parameters: Sequence[str], passed: Sequence[str], body: Sequence[str], static: Sequence[str] = ()
-    ) -> tuple[list[str], str]:
+    def lines(self, parameters: Sequence[str], passed: Sequence[str], body: Sequence[str]) -> tuple[list[str], str]:
         """The line that has the data ready, and the call in the loop that looks at them.
 
         Args:
           parameters: of `eval_step`, before the batch: what the net consists of.
           passed: the values for these.
           body: of `eval_step`.
-          static: those of `parameters` that are static.
         """
         training, arguments, keys = self.training, self.arguments, list(self.keys.values())
-        writer, task, text = training.writer, training.task, self._text()
+        task, text = training.task, self._text()
         data, lines = text, list[str]()
         if self.of_arrays:
             data = training.variable("eval_data")
@@ -253,32 +167,14 @@ class LookLines:
         outside_keys = [training.key(f"{EVAL} {stream}") for stream in self.keys]
         is_whole = self.of_arrays and task.batch is None
         of_step = [*parameters, *arguments.parameters, *(["number", *keys] if keys else [])]
-        name, fixed = "evaluate" if is_whole else "eval_step", (*static, *arguments.static)
+        name, fixed = "evaluate" if is_whole else "eval_step", (*training.static, *arguments.static)
         check_names(training.command, training.loss, of_step, body)
-        step = training.define(name, of_step, body, decorator="jax.jit", static=fixed)
+        step = training.define(name, of_step, body, fixed)
         if is_whole:
             looked = call(f"{step}(", [*outside, *(["0", *outside_keys] if keys else [])])
             return lines, f"jax.tree.map(float, {looked})"
-        writer.needs.add("np")
-        batch, unit, number = arguments.parameters[0], writer.unit, "number, " if keys else ""
-        batches = "enumerate({})" if keys else "{}"
-        if self.of_arrays:
-            rows = f"array[first : first + {task.batch}]"
-            batches = batches.format(f"range(0, len(jax.tree.leaves(data)[0]), {task.batch})")
-            head = [f"for {number}first in {batches}:"]
-            head.append(f"{unit}{batch} = jax.tree.map(lambda array: {rows}, data)")
-        else:
-            head = [f"for {number}{batch} in {batches.format('batches')}:"]
-            head.append(f"{unit}{batch} = jax.tree.map(np.asarray, {batch})")
-        head += [f"{unit}{batch} = {training.on_mesh.batch(batch)}"] * training.on_mesh.is_used
-        whole = [
-            "# Means over the batches, weighed by their examples.",
-            "values, sizes = [], []",
-            *head,
-            f"{unit}values.append(jax.tree.map(float, {call(f'{step}(', of_step)}))",
-            f"{unit}sizes.append(len(jax.tree.leaves({batch})[0]))",
-            "return jax.tree.map(lambda *each: float(np.average(each, weights=sizes)), *values)",
-        ]
+        one = call(f"{step}(", of_step)
+        whole = training.lines("evaluate", arguments.parameters[0], bool(keys), self.of_arrays, one)
         of_all = [*parameters, "data" if self.of_arrays else "batches", *arguments.parameters[1:], *keys]
         return lines, call(f"{training.define('evaluate', of_all, whole)}(", [*outside, *outside_keys])
 

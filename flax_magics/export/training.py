@@ -18,7 +18,7 @@ from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split
 from .losses import check_names, patterns_of, taken_apart
 from .mesh import TrainingOnMesh
-from .writer import call, indented
+from .writer import call
 
 TAKEN = (
     *("jax", "jnp", "nn", "nnx", "np", "optax", "optimizer", "graphdef", "state", "data", "rows", "step", "variables"),
@@ -96,7 +96,8 @@ class TrainLines:
         taken = (*TAKEN, self.model.name, self.loss, *self.keys.values())
         self.arguments = split(self.writer, self.after_net, self.facts, taken)
         self.check_arguments(self.arguments)
-        self.writer.needs |= {"jax", "jnp", "optax"}
+        # What a step is given before and after its state.
+        self.static, self.constant = (["graphdef"], ["rest"]) if self.model.holds else ([], [])
 
     def check_arguments(self, arguments: SplitArguments) -> None:
         """Raises CannotSay where the data are no single argument."""
@@ -118,65 +119,53 @@ class TrainLines:
             return self.variable(f"train_{stream}_key")
         return self.writer.key(stream, taken=self.facts.taken)
 
+    def lines(self, macro: str, *arguments: object) -> list[str]:
+        """The lines of a macro of `templates/training.py.jinja`, which is given this object first."""
+        return self.writer.rendered("training", macro, self, *arguments)
+
     # -- the step
 
-    def batch_line(self) -> list[str]:
-        """The line that takes a step's batch from the data; none where the function is given the batch."""
+    @property
+    def batch_of_rows(self) -> str:
+        """The line that takes a step's batch from the data."""
         batch = self.on_mesh.rows("jax.tree.map(lambda array: array[rows], data)")
-        return [f"{self.arguments.parameters[0]} = {batch}"] * self.is_gathered
+        return f"{self.arguments.parameters[0]} = {batch}"
 
-    def updated(self, written: str) -> list[str]:
-        """The lines that take gradients and update `params`; `written`: the name for what the loss writes, or empty."""
-        aux = f"(metrics, {written})" if self.has_metrics and written else "metrics" if self.has_metrics else written
-        value, has_aux = (f"(value, {aux})", ", has_aux=True") if aux else ("value", "")
-        passed = ["grads", "opt_state", "params"]
-        if self.task.takes_loss:
-            of_params = "lambda params: loss_of(params)[0]" if aux else "loss_of"
-            passed += ["value=value", "grad=grads", f"value_fn={of_params}"]
-        return [
-            f"{value}, grads = jax.value_and_grad(loss_of{has_aux})(params)",
-            call("changes, new_opt_state = optimizer.update(", passed),
-            "new_params = optax.apply_updates(params, changes)",
-        ]
+    def define_frozen(self) -> None:
+        """Makes sure that the functions are defined that part frozen parameters of a linen net from the others."""
+        if self.frozen:
+            parts, joins = map(self.lines, ("split_frozen", "merge_frozen"))
+            self.split_frozen = self.define("split_frozen", ("params",), parts)
+            self.merge_frozen = self.define("merge_frozen", ("trained", "frozen"), joins)
 
-    def guarded(self, new: Sequence[str], old: Sequence[str], changed: Sequence[str]) -> list[str]:
-        """The last lines of the step, which is taken only if it is finite, and if all before it were.
+    def whole(self, params: str) -> str:
+        """The parameters of a linen net with those that are frozen, as an expression."""
+        return f"{self.merge_frozen}({params}, frozen)" if self.frozen else params
 
-        Args:
-          changed: what of the new values the step has changed.
-        """
-        text = self.writer.text
-        metrics = f", {text('metrics')}: metrics" if self.has_metrics else ""
-        return [
-            "# A step that is not finite is not taken, and none after it.",
-            call("leaves = jax.tree.leaves((", ["value", "grads", *changed], "))"),
-            "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
-            f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
-            f"state = {self.on_mesh.state('jax.lax.cond(finite, lambda: new, lambda: old)')}",
-            f"return (*state, finite), {{{text('loss')}: value{metrics}}}",
-        ]
-
-    def step(self, body: Sequence[str], *, static: Sequence[str] = (), constant: Sequence[str] = ()) -> str:
-        """Makes sure that the jitted step is defined, and returns its name."""
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters of the step, and of the function that does several of them."""
         data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_gathered else self.arguments.parameters
-        parameters = ("optimizer", *static, "state", *constant, *data, "step", *self.keys.values())
-        fixed = ("optimizer", *static, *self.arguments.static)
-        check_names(self.command, self.loss, parameters, body)
-        return self.define("train_step", parameters, body, decorator="jax.jit", static=fixed)
+        return ["optimizer", *self.static, "state", *self.constant, *data, "step", *self.keys.values()]
+
+    def step(self, body: Sequence[str]) -> str:
+        """Makes sure that the jitted step is defined, and returns its name."""
+        check_names(self.command, self.loss, self.parameters, body)
+        static = ("optimizer", *self.static, *self.arguments.static)
+        return self.define("train_step", self.parameters, body, static)
 
     def define(
-        self,
-        name: str,
-        parameters: Sequence[str],
-        body: Sequence[str],
-        *,
-        decorator: str = "",
-        static: Sequence[str] = (),
+        self, name: str, parameters: Sequence[str], body: Sequence[str], static: Sequence[str] | None = None
     ) -> str:
-        """Makes sure that a function is defined, and returns its name: `name`, with those of net and loss if needed."""
+        """Makes sure that a function is defined, and returns its name: `name`, with those of net and loss if needed.
+
+        Args:
+          static: the static arguments of one that is jitted.
+        """
+        decorator = "" if static is None else "jax.jit"
         model, loss = self.model.name, self.loss.rpartition(".")[2]
         names = (name, f"{name}_{model}", f"{name}_{model}_{loss}")
-        function = JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
+        function = JittedFunction(model, names, decorator, tuple(parameters), tuple(static or ()), tuple(body))
         return self.command.context.define(function, self.command.site)
 
     # -- around the loop
@@ -216,9 +205,7 @@ class TrainLines:
             if self.is_cut:
                 rows = [f"{self.variable('size')} = len(jax.tree.leaves({data})[0])"]
             arrays = f"jax.tree.map({'np.asarray' if self.task.on_host else 'jnp.asarray'}, {text})"
-            if self.task.on_host:
-                self.writer.needs.add("np")
-            else:
+            if not self.task.on_host:
                 arrays = self.on_mesh.data(arrays, whole=self.is_cut)
             return [f"{data} = {arrays}", *rows]
         batches, of_name = self.variable("batches"), f"iterator {text} of {self.model.name}"
@@ -228,7 +215,6 @@ class TrainLines:
         self.writer.spare.pop(of_name, None)
         if self.task.once and text.isidentifier() and text not in self.command.context.rebound:
             self.writer.spare[of_name] = batches
-        self.writer.needs.add("itertools")
         epochs = f"itertools.chain.from_iterable(itertools.repeat({text}))"
         taken = 0 if self.task.once else first % self.curve.epoch if self.curve.epoch else first
         return [f"{batches} = " + (f"itertools.islice({epochs}, {taken}, None)" if taken else epochs)]
@@ -240,13 +226,13 @@ class TrainLines:
           saved: the file's arrays of the training.
           params: those that are trained.
         """
-        run, writer, text = self.command.runs[-1], self.writer, self.writer.text
+        run, writer = self.command.runs[-1], self.writer
         state = self.model.opt_state
         leaves = jax.tree_util.tree_leaves(state)
         plain = all(isinstance(leaf, jax.Array) and not is_key(leaf) and not leaf.weak_type for leaf in leaves)
         if not plain or any("/" in name for name in self.curve.metrics):
             raise CannotSay("the file has it in a form that plain lines do not read")
-        root, arrays, values = map(self.variable, ("train_root_key", "saved", "values"))
+        root = self.variable("train_root_key")
         streams = (*self.facts.streams, *streams_of_training(run))
         lines = [f"# The training in the file began in draw {run.draw} of seed {run.seed}."] if streams else []
         if streams:
@@ -255,36 +241,9 @@ class TrainLines:
                 *(writer.advance(run.draw - 1, root) if run.draw > 1 else []),
             ]
             lines += writer.keys_of(root, streams, self.key, taken=self.facts.taken)
-        lines.append(f"{arrays} = {saved}")
-        opt_state, new = self.variable("opt_state"), f"{optimizer}.init({params})"
-        if leaves:
-            writer.needs.add("traverse_util")
-            of_file, pairs, tree, names = map(self.variable, ("saved_opt_state", "leaves", "treedef", "names"))
-            name = f"jax.tree_util.keystr(path, simple=True, separator={text('/')})"
-            lines += [
-                f"{of_file} = traverse_util.flatten_dict({arrays}[{text('opt_state')}], sep={text('/')})",
-                f"{pairs}, {tree} = jax.tree_util.tree_flatten_with_path({new})",
-                f"{names} = [{name} for path, _ in {pairs}]",
-                f"{opt_state} = jax.tree.unflatten({tree}, [{of_file}[name] for name in {names}])",
-            ]
-        else:
-            lines.append(f"{opt_state} = {new}")
-        steps = {"loss": "losses", "metrics": "metrics"} if self.has_metrics else {"loss": "losses"}
-        of_steps = ", ".join(f"{text(name)}: {arrays}[{text(key)}]" for name, key in steps.items())
-        lines += [
-            f"{values} = {{{of_steps}}}",
-            f"{self.variable('curve')} = [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({self.part.first})]",
-        ]
-        if self.curve.evals:
-            writer.needs.add("types")
-            lines.append(f"{self.variable('evals')} = [")
-            number = self.command.context.trained[self.command.indices[-1]]
-            for look in self.curve.evals[: sum(len(part.looks) for part in parts_of(run)[:number])]:
-                metrics = ", ".join(f"{text(name)}: {writer.number(value)}" for name, value in look.metrics.items())
-                fields = (f"step={look.step}", f"loss={writer.number(look.loss)}", f"metrics={{{metrics}}}")
-                lines.append(f"{writer.unit}{call('types.SimpleNamespace(', fields)},")
-            lines.append("]")
-        return lines
+        number = self.command.context.trained[self.command.indices[-1]]
+        looks = self.curve.evals[: sum(len(part.looks) for part in parts_of(run)[:number])]
+        return lines + self.lines("saved", self.variable, saved, f"{optimizer}.init({params})", bool(leaves), looks)
 
     def first_batch(self) -> tuple[list[str], str]:
         """The lines that take the batch by which the net is initialised, and its name."""
@@ -296,65 +255,21 @@ class TrainLines:
             return [f"{first} = jax.tree.map(lambda array: {rows}, {self.variable('data')})"], first
         return [f"{first} = next({batches})", f"{batches} = itertools.chain([{first}], {batches})"], first
 
-    def loop(
-        self, step: str, optimizer: str, look: str, *, static: Sequence[str] = (), constant: Sequence[str] = ()
-    ) -> list[str]:
+    def loop(self, step: str, optimizer: str, look: str) -> list[str]:
         """The loop over the steps of this part.
 
         Args:
           step: the name of the jitted step.
           look: the call that looks at the `--eval` data; empty where nothing does.
-          static, constant: what the step is given before and after its state.
         """
-        first, end, looks = self.part.first, self.part.end, self.part.looks
-        number, state, curve, values = map(self.variable, ("step", "state", "curve", "values"))
+        state, number = self.variable("state"), self.variable("step")
         source = self.variable("data" if self.task.arrays and not self.task.on_host else "batch")
+        static, constant = (map(self.variable, names) for names in (self.static, self.constant))
         before = [optimizer, *static, state, *constant, source, *self.arguments.outside[1:]]
-        after, is_iterable = [number, *map(self.key, self.keys)], not self.task.arrays
-        rows = [self.variable("rows")] if self.is_gathered else []
-        one = [call(f"{state}, {values} = {step}(", [*before, *rows, *after]), f"{curve}.append({values})"]
-        steps, group = f"range({first}, {end})" if first else f"range({end})", self.curve.group
-        body: list[str] = []
-        if is_iterable:
-            self.writer.needs.add("np")
-        if is_iterable and group == 1:
-            head = f"for {number}, {source} in zip({steps}, {self.variable('batches')}):"
-            body.append(f"{source} = jax.tree.map(np.asarray, {source})")
-            body += [f"{source} = {self.on_mesh.batch(source)}"] * self.on_mesh.is_used
-        elif group == 1:
-            head = f"for {number} in {steps}:"
-        else:
-            head = f"while {number} < {end}:"
-        if group == 1:
-            finished = f"{number} + 1"
-            body += [*self._order(), *self._rows("1"), *self._on_host(source), *one]
-        else:
-            finished, many = number, self.variable("many")
-            rows = [f"{each}.reshape({group}, {self.task.batch})" for each in rows]
-            together = call(f"{state}, {values} = {self.steps(step, static, constant)}(", [*before, *rows, *after])
-            split = f"{curve} += [jax.tree.map(lambda leaf: leaf[n], {values}) for n in range({group})]"
-            body += [*self._order(), *self._grouped(many), *self._rows(many)]
-            is_single, grouped = f"{many} == 1", [together, split]
-            if is_iterable:
-                part, each, batches = self.variable("part"), self.variable("each_step"), self.variable("batches")
-                body.append(
-                    f"{part} = [jax.tree.map(np.asarray, each) for each in itertools.islice({batches}, {many})]"
-                )
-                kind = "str(jax.tree.map(lambda leaf: (leaf.dtype, leaf.shape), each))"
-                is_single += f" or len({{{kind} for each in {part}}}) > 1"
-                one = [call(f"{state}, {values} = {step}(", [*before, each, *after[1:]]), one[1]]
-                one = [f"for {each}, {source} in enumerate({part}, {number}):", *indented(one, self.writer.unit)]
-                grouped.insert(0, f"{source} = jax.tree.map(lambda *leaves: np.stack(leaves), *{part})")
-            body += [f"if {is_single}:", *indented(one, self.writer.unit)]
-            body += ["else:", *indented(grouped, self.writer.unit), f"{number} += {many}"]
-        lines = [] if group == 1 else [f"{number} = {first}"]
-        if look and looks[0] == first:
-            lines += ["# The look that was stopped.", *self._looked(look, str(first))]
-        if look and looks[-1] > first:
-            body += self._at_looks(finished, self._looked(look, finished))
-            if self.reaches_over:
-                lines.append(f"{self.variable('looks')} = {self.looks}")
-        return [*lines, head, *indented(body, self.writer.unit)]
+        after = [number, *map(self.key, self.keys)]
+        steps = self.steps(step) if self.curve.group > 1 else ""
+        row_order = self.key(ROW_ORDER) if self.is_cut else ""
+        return self.lines("loop", self.variable, step, steps, look, source, before, after, row_order)
 
     @property
     def looks(self) -> tuple[int, ...] | range:
@@ -366,61 +281,17 @@ class TrainLines:
                 return every
         return looks
 
-    def _looked(self, look: str, finished: str) -> list[str]:
-        """The lines that look at the `--eval` data once `finished` steps are finished."""
-        evals = self.variable("evals")
-        self.writer.needs.add("types")
-        means = self.variable("means")
-        return [
-            f"{means} = {look}",
-            f"{evals}.append(types.SimpleNamespace(step={finished}, **{means}))",
-            f"print({evals}[-1])",
-        ]
-
-    def _at_looks(self, finished: str, lines: list[str]) -> list[str]:
-        """`lines` under the condition that `finished` steps are so many that there is a look."""
-        looks, (first, end, *_), condition = self.looks, self.part, f"{finished} in {self.looks}"
+    def at_looks(self, finished: str) -> str:
+        """The condition under which so many steps are `finished` that there is a look; empty if there always is."""
+        looks, (first, end, *_) = self.looks, self.part
         if self.reaches_over:
-            condition = f"{finished} in {self.variable('looks')}"
-        elif len(looks) == 1:
-            condition = f"{finished} == {looks[0]}"
-        elif isinstance(looks, range) and looks.start - looks.step <= first and end < looks.stop - 1 + looks.step:
-            if looks.step == 1:
-                return lines
-            condition = f"{finished if finished.isidentifier() else f'({finished})'} % {looks.step} == 0"
-        return [f"if {condition}:", *indented(lines, self.writer.unit)]
-
-    def _order(self) -> list[str]:
-        """The lines that shuffle the rows anew in each epoch; none where each step takes all of them."""
-        if not self.is_cut:
-            return []
-        self.writer.needs.add("np")
-        first, number = self.part.first, self.variable("step")
-        epoch, place, order = map(self.variable, ("epoch", "place", "order"))
-        begins = f"{place} == 0" + f" or {number} == {first}" * bool(first)
-        epoch_key = self.variable("epoch_key")
-        shuffled = [
-            f"{epoch_key} = jax.random.fold_in({self.key(ROW_ORDER)}, {epoch})",
-            f"{order} = np.asarray(jax.random.permutation({epoch_key}, {self.variable('size')}))",
-        ]
-        return [
-            f"{epoch}, {place} = divmod({number}, {self.curve.epoch})",
-            f"if {begins}:",
-            *indented(shuffled, self.writer.unit),
-        ]
-
-    def _rows(self, many: str) -> list[str]:
-        """The line that takes the rows of `many` steps."""
-        size, place = self.task.batch, self.variable("place") if self.is_cut else ""
-        end = f"({place} + {many})"
-        return [f"{self.variable('rows')} = {self.variable('order')}[{size} * {place} : {size} * {end}]"] * self.is_cut
-
-    def _on_host(self, source: str) -> list[str]:
-        """The lines that take a batch from arrays which are not on the device."""
-        data, rows = (self.variable(name) if self.task.on_host else "" for name in ("data", "rows"))
-        lines = [f"{source} = jax.tree.map(lambda array: array[{rows}], {data})"]
-        lines += [f"{source} = {self.on_mesh.batch(source)}"] * self.on_mesh.is_used
-        return lines if self.task.on_host else []
+            return f"{finished} in {self.variable('looks')}"
+        if len(looks) == 1:
+            return f"{finished} == {looks[0]}"
+        if isinstance(looks, range) and looks.start - looks.step <= first and end < looks.stop - 1 + looks.step:
+            number = finished if finished.isidentifier() else f"({finished})"
+            return f"{number} % {looks.step} == 0" if looks.step > 1 else ""
+        return f"{finished} in {looks}"
 
     @property
     def reaches_over(self) -> bool:
@@ -433,41 +304,11 @@ class TrainLines:
         """Whether groups are counted from the first step of an epoch, and end with it."""
         return self.is_cut or (not self.task.arrays and self.curve.epoch is not None)
 
-    def _grouped(self, many: str) -> list[str]:
-        """The lines that say how many steps the next program does: a group on the grid of the run, or one."""
-        group, number, end = self.curve.group, self.variable("step"), str(self.part.end)
-        place = self.variable("place") if self.has_epochs else number
-        lines, fits = [f"# {group} steps are one program where they fit."], [f"{place} % {group} == 0"]
-        if self.is_cut:
-            fits.append(f"{place} + {group} <= {self.variable('size')} // {self.task.batch}")
-        elif self.has_epochs:
-            lines.insert(0, f"{place} = {number} % {self.curve.epoch}")
-            fits.append(f"{place} + {group} <= {self.curve.epoch}")
-        if self.reaches_over:
-            until, later = self.variable("until"), f"look for look in {self.variable('looks')} if look > {number}"
-            lines.append(
-                f"{until} = min({later})" if self.looks[-1] == self.part.end else f"{until} = min({end}, *({later}))"
-            )
-            end = until
-        fits.append(f"{number} + {group} <= {end}")
-        is_group = self.variable("fits")
-        return [*lines, f"{is_group} = {' and '.join(fits)}", f"{many} = {group} if {is_group} else 1"]
-
-    def steps(self, step: str, static: Sequence[str], constant: Sequence[str]) -> str:
+    def steps(self, step: str) -> str:
         """Makes sure that the function is defined that does several steps in one program, and returns its name."""
-        numbers = f"step + jnp.arange({self.curve.group})"
-        of_steps = ["rows"] if self.is_cut else [] if self.task.arrays else self.arguments.parameters[:1]
-        data = ["data", *self.arguments.parameters[1:], "rows"] if self.is_cut else self.arguments.parameters
-        parameters = ["optimizer", *static, "state", *constant, *data, "step", *self.keys.values()]
-        body = [
-            f"def one(state, {'each' if of_steps else 'step'}):",
-            *([f"{self.writer.unit}{of_steps[0]}, step = each"] if of_steps else []),
-            f"{self.writer.unit}{call(f'return {step}(', parameters)}",
-            "",
-            f"return jax.lax.scan(one, state, {f'({of_steps[0]}, {numbers})' if of_steps else numbers})",
-        ]
-        fixed = ("optimizer", *static, *self.arguments.static)
-        return self.define("train_steps", parameters, body, decorator="jax.jit", static=fixed)
+        rows = "rows" if self.is_cut else "" if self.task.arrays else self.arguments.parameters[0]
+        body = self.writer.rendered("training", "steps", rows, step, self.parameters, self.curve.group)
+        return self.define("train_steps", self.parameters, body, ("optimizer", *self.static, *self.arguments.static))
 
     def begun(self) -> list[str]:
         """The lines that begin the lists of what the steps and the looks give."""
@@ -480,7 +321,6 @@ class TrainLines:
         if self.part.is_last:
             lines = self.writer.show(self.command.label, variables)
         if self.command.site.target:
-            self.writer.needs |= {"np", "types"}
             curve, text = self.variable("curve"), self.writer.text
             of_metrics = f"each[{text('metrics')}]"
             values = {

@@ -10,7 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 
@@ -18,10 +20,15 @@ from ..base.tokens import pieces
 from ..line.expression import end_of, segment, start_of
 from ..rng.keys import SPLIT, stream_tag
 
+if TYPE_CHECKING:
+    import jinja2
+
 WIDTH = 88
 """The width that formatters use by default."""
 _NAMED = re.compile(r"""(?:'[^']*'|"[^"]*"): |\w+=(?!=)""")
 """Matches `key: ` of a dict entry or `name=` of an argument at the beginning of a text."""
+_INDENTED = re.compile(r":[ \t]*(?:#.*)?\n\s*?^([ \t]+)\S", re.MULTILINE)
+"""Matches the beginning of a block, to which its indentation belongs."""
 
 _NOTEBOOK = {"get_ipython", "In", "Out", "__IPYTHON__"}
 # In a notebook IPython puts names of its own into `builtins`, such as `display`.
@@ -75,7 +82,6 @@ class LineWriter:
       unit: one level of indentation.
       quote: the preferred quotes.
       digests: whether a digest is printed for each run.
-      needs: modules that our lines use, keys of `IMPORTS`.
       spare: purpose → name of a variable of ours.
       labels: the labels of all digests, whose lengths align the output.
     """
@@ -84,7 +90,6 @@ class LineWriter:
     unit: str = "    "
     quote: str = '"'
     digests: bool = True
-    needs: set[str] = field(default_factory=set)
     spare: dict[str, str] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
 
@@ -110,7 +115,8 @@ class LineWriter:
     def like(cls, texts: Sequence[str], free: Free, *, digests: bool) -> LineWriter:
         """A writer that uses the indentation and quotes of the cells `texts`."""
         quotes = Counter(letter for text in texts for letter in text if letter in "'\"")
-        unit = next((unit for text in texts if (unit := _indentation(text))), "    ")
+        indented = next(filter(None, map(_INDENTED.search, texts)), None)
+        unit = "    " if indented is None else indented[1]
         return cls(free, unit, "'" if quotes["'"] > quotes['"'] else '"', digests)
 
     def __post_init__(self) -> None:
@@ -162,13 +168,11 @@ class LineWriter:
 
     def draw(self, streams: Iterable[str] = (), *, taken: bool = False) -> list[str]:
         """The lines of one draw from the root key, for a run that uses `streams`."""
-        self.needs.add("jax")
         folds = [self.fold(stream, self.key(stream, taken=taken)) for stream in _apart(streams, taken)]
         return [*folds, f"{self.root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"]
 
     def start(self, seed: int) -> str:
         """The line that makes the root key, at draw 1 of `seed`."""
-        self.needs.add("jax")
         return f"{self.root} = jax.random.key({seed})"
 
     def keys_of(
@@ -210,58 +214,36 @@ class LineWriter:
         Args:
           has: `keys` and `objects` if some result has such leaves; the lines for them are left out otherwise.
         """
-        key_type, result = "", "result"
-        opened: list[str] = []
-        inner = ["path = jax.tree_util.keystr(path)"]
-        if "objects" in has:
-            result = "jax.tree_util.tree_map(opened, result)"
-            opened = [
-                "\tdef opened(leaf):",
-                '\t\theld = {} if hasattr(leaf, "dtype") or callable(leaf) else getattr(leaf, "__dict__", {})',
-                '\t\theld = {name: value for name, value in held.items() if not name.startswith("__")}',
-                "\t\treturn {type(leaf).__qualname__: jax.tree_util.tree_map(opened, held)} if held else leaf",
-                "",
-            ]
-            inner += [
-                "if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):",
-                '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
-                "\tcontinue",
-            ]
-        if "keys" in has:
-            inner += [
-                'key_type, dtype = "", getattr(leaf, "dtype", None)',
-                "if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):",
-                "\tkey_type, leaf = str(dtype), jax.random.key_data(leaf)",
-            ]
-            key_type = "{key_type}"
-        lines = [
-            f"def {self.digest}(call, result):",
-            '\t"""Prints a digest of the bits of a result, by which two runs can be compared."""',
-            "\timport hashlib",
-            "",
-            "\timport numpy as np",
-            "",
-            *opened,
-            "\thasher = hashlib.sha256()",
-            f"\tfor path, leaf in jax.tree_util.tree_flatten_with_path({result})[0]:",
-            *("\t\t" + line for line in inner),
-            *(_PART if jax.process_count() > 1 else ()),
-            '\t\tarray = np.asarray(leaf, order="C")',
-            f'\t\theader = f"{{path}}\\0{key_type}{{array.dtype.name}}{{list(array.shape)}}\\0"',
-            "\t\thasher.update(header.encode() + array.tobytes())",
-            f'\tprint(f"{{call:<{min(max(map(len, self.labels)), 48)}}}  {{hasher.hexdigest()[:16]}}")',
-        ]
-        if self.quote == "'":
-            lines = [line if '"""' in line else line.replace('"', "'") for line in lines]
-        return [line.replace("\t", self.unit) for line in lines]
+        width = min(max(map(len, self.labels)), 48)
+        kinds = ("keys" in has, "objects" in has, jax.process_count() > 1)
+        return self.rendered("digest", "print_digest", self.digest, *kinds, width)
+
+    # -- functions and loops
+
+    def rendered(self, template: str, macro: str, *arguments: object) -> list[str]:
+        """The lines of a macro of `templates/{template}.py.jinja`, with the indentation and quotes of this writer."""
+        module = _templates(self.unit, self.quote).get_template(template).module
+        lines: str = getattr(module, macro)(*arguments)
+        return lines.rstrip("\n").split("\n")
 
 
-_PART = (
-    "\t\tif isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):",
-    "\t\t\tparts = {str(shard.index): shard.data for shard in leaf.addressable_shards}  # those of this process",
-    "\t\t\tleaf = np.concatenate([np.asarray(part).ravel() for part in parts.values()])",
-)
-"""Lines that take of an array the part that is here, as the digest of a run does."""
+@cache
+def _templates(unit: str, quote: str) -> jinja2.Environment:
+    """The templates of Python code, written with this indentation and these quotes."""
+    import jinja2
+
+    def source(name: str) -> str:
+        text = (Path(__file__).parent / "templates" / f"{name}.py.jinja").read_text("utf-8")
+        text = re.sub("^(?: {4})+", lambda indent: unit * (len(indent[0]) // 4), text, flags=re.MULTILINE)
+        lines = (line if '"""' in line else line.replace('"', quote) for line in text.split("\n"))
+        return "\n".join(lines)
+
+    loader = jinja2.FunctionLoader(source)
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
+    )
+    environment.globals["unit"] = unit
+    return environment
 
 
 def _apart(streams: Iterable[str], taken: bool) -> list[str]:
@@ -315,17 +297,6 @@ def _defines(text: str, place: int) -> bool:
     """Whether the statement at `place` (0: first, -1: last) of `text` defines a function or class."""
     body = ast.parse(text).body
     return bool(body) and isinstance(body[place], (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-
-
-def _indentation(text: str) -> str:
-    """The first indentation in `text`; empty if there is none."""
-    depth, line_begins = 0, True
-    for piece in pieces(text):
-        if piece.kind == "space" and line_begins and not depth:
-            return text[piece.start : piece.end]
-        line_begins = piece.kind == "newline"
-        depth = depth if line_begins else piece.depth
-    return ""
 
 
 def _fitted(line: str, unit: str, width: int) -> list[str]:
