@@ -626,8 +626,6 @@ SCENARIOS = [
     Scenario("line.options._unknown", "%flax_export --file a.py", (NET, RAN)),
     Scenario("notebook.magics.flax_history", "%flax_history 3", (NET, RAN)),
     Scenario("export.__init__.write", "%flax_export a.txt", (NET, RAN)),
-    Scenario("export.__init__.write", "%flax_export a.py", (NET, RAN, "import os; os.mkdir('a.py')")),
-    Scenario("export.__init__.write", "%flax_export none/a.py", (NET, RAN), again=True),
     Scenario("export.__init__._check", "%flax_export a.py",
              (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"), again=True),
     # -- the command line
@@ -646,7 +644,6 @@ _ran: set[str] = set()
 _followed: set[str] = set()
 
 
-@pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of the fork that `!mkdir` is
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=IDS)
 def test_advice_is_followed_as_it_is_printed(scenario, request, notebook, caplog, monkeypatch, tmp_path):
     _ran.add(request.node.callspec.id)

@@ -44,7 +44,7 @@ class Cancelled(Exception):
     """Raised by `replace_file` when another thread took the `ticket` first: the old file stays."""
 
 
-def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Lock | None = None) -> None:
+def replace_file(path: Path, write: Callable[[str], object], ticket: threading.Lock | None = None) -> None:
     """Replaces the file at `path` atomically by the one that `write(name)` creates under a temporary name.
 
     A symbolic link stays a link: its target is replaced. A new file gets the permissions of the umask; a replaced

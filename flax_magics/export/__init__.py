@@ -14,7 +14,6 @@ import hashlib
 import inspect
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from ..base.files import replace_file
+from ..base.files import checked_target, replace_file
 from ..base.text import plural
 from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
@@ -333,31 +332,17 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
         name = path.with_suffix(".py") if path.suffix not in ("", ".") else path.parent / f"{path.name.strip('.')}.py"
         line = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
         raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=line)
-    path = path.resolve()  # a link stays, and the file that it points to is written
-    if path.is_dir():
-        raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
-    if not path.parent.is_dir():
-        line = f"!mkdir -p {_quoted(Path(file).parent)}\n%flax_export {file}"
-        raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=line)
-    replaces = path.exists()
-    if replaces and not force:
-        _check(path, file)
-    code = formatted(text, path)
-
-    def write_signed(name: str) -> None:
-        Path(name).write_text(f"{code}\n{_MARK}{_digest(code)}\n", encoding="utf-8", newline="\n")
-
     try:
-        replace_file(path, write_signed)
+        replaces = checked_target(path) is not None
+        path = path.resolve()  # a link stays, and the file that it points to is written
+        if replaces and not force:
+            _check(path, file)
+        code = formatted(text, path)
+        signed = f"{code}\n{_MARK}{_digest(code)}\n"
+        replace_file(path, lambda name: Path(name).write_text(signed, encoding="utf-8", newline="\n"))
     except OSError as error:
         raise FlaxMagicsError(f"`{file}` could not be written: {error.strerror or error}.") from error
     return path, replaces
-
-
-def _quoted(path: Path) -> str:
-    """A path for a shell command; a leading `~` stays unquoted, since the shell has to expand it."""
-    home, slash, rest = str(path).partition("/")
-    return home + slash + shlex.quote(rest) if home == "~" and rest else shlex.quote(str(path)) if home != "~" else home
 
 
 def formatted(text: str, path: Path) -> str:
