@@ -128,10 +128,7 @@ class LookLines:
 
     def body(self, inside: Sequence[str], applied: str, *, updates: bool = False) -> list[str]:
         """The lines of `eval_step`: those before the loss is applied, and what is made of what it gives."""
-        text, value = self.training.writer.text, "(value, metrics)" if self.has_metrics and updates else "value"
-        value += ", metrics" if self.has_metrics and not updates else ", _" if updates else ""
-        metrics = "metrics" if self.has_metrics else "{}"
-        return [*inside, f"{value} = {applied}", f"return {{{text('loss')}: value, {text('metrics')}: {metrics}}}"]
+        return self.training.writer.rendered("training", "eval_step", inside, applied, self.has_metrics, updates)
 
     def _text(self) -> str:
         """The `--eval` data as they are written; one that goes on takes the name of those before it. Raises CannotSay."""

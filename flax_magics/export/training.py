@@ -18,7 +18,6 @@ from .context import CommandLines, streams_of_training
 from .functions import CannotSay, JittedFunction, SplitArguments, split
 from .losses import check_names, patterns_of, taken_apart
 from .mesh import TrainingOnMesh
-from .writer import call
 
 TAKEN = (
     *("jax", "jnp", "nn", "nnx", "np", "optax", "optimizer", "graphdef", "state", "data", "rows", "step", "variables"),
@@ -320,15 +319,5 @@ class TrainLines:
         lines = [f"# Stopped here, after {self.part.end} steps."]
         if self.part.is_last:
             lines = self.writer.show(self.command.label, variables)
-        if self.command.site.target:
-            curve, text = self.variable("curve"), self.writer.text
-            of_metrics = f"each[{text('metrics')}]"
-            values = {
-                name: f"np.array([{of_metrics}[{text(name)}] for each in {curve}])" for name in self.curve.metrics
-            }
-            metrics = ", ".join(f"{text(name)}: {value}" for name, value in values.items())
-            losses = f"losses=np.array([each[{text('loss')}] for each in {curve}])"
-            evals = f"eval=tuple({self.variable('evals')})" if self.curve.evals else "eval=()"
-            fields = [losses, f"metrics={{{metrics}}}", evals, f"steps={self.part.end}"]
-            lines.append(call(f"{self.command.site.target} types.SimpleNamespace(", fields))
-        return lines
+        target = self.command.site.target
+        return lines + (self.lines("run", self.variable, target) if target else [])
