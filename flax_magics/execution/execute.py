@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -76,7 +77,11 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     @property
     def line(self) -> Line:
         """The command and its call as they were written, from which advice makes other lines."""
-        return Line(self.call.command, self.call.text, self.bound.signature)
+        signature = self.bound.signature
+        if self.of_loss:  # is written with its net, and bound without
+            net = inspect.Parameter("_the_net", inspect.Parameter.POSITIONAL_ONLY)
+            signature = signature.replace(parameters=[net, *signature.parameters.values()])
+        return Line(self.call.command, self.call.text, signature)
 
 
 class RunVariables(Struct, frozen=True):
