@@ -40,6 +40,9 @@ def found():
 run(SETUP)
 told = {}
 assert found() == {}, found()
+run("sizes = jnp.asarray([3, 4], 'uint32')")  # which is no key
+assert found() == {}, found()
+run("del sizes")
 for name, check, cell, after in CASES:
     run(cell)
     findings = found()

@@ -374,9 +374,14 @@ HELD = """
     assert [one for one in alive if one[1] == 8] == [((64, 8), 8)], alive
     # Inside a mesh of one's own it is not this one that lays out runs.
     own = "a mesh of your own is set here, and it stands"
-    shown("jax.set_mesh(jax.make_mesh((8,), ('z',), axis_types=(jax.sharding.AxisType.Auto,)));")
+    shown("y = %flax_apply -q net(jnp.ones((8, 64)))")
+    auto = "axis_types=(jax.sharding.AxisType.Auto,)"
+    shown(f"jax.set_mesh(jax.make_mesh((4,), ('z',), {auto}, devices=jax.devices()[:4]));")
+    text = shown("%flax_apply -q net(jnp.ones((8, 64)))", fails=True)
+    assert text.startswith("FlaxMagicsError: net(jnp.ones((8, 64))) cannot run in the mesh that is set here: "), text
     assert shown("%flax_mesh").startswith(f"mesh · data=8 · cpu:0-7 ·\\n    not used now: {own}\\n")
     assert shown("%flax_mesh off") == f"mesh · none: {own}\\n"
+    assert shown("y = %flax_apply -q net(jnp.ones((8, 64)))\\nprint(y.sharding.mesh.axis_names)") == "('z',)\\n"
     print("done")
 """
 
