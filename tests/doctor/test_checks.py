@@ -483,6 +483,19 @@ other = users_models.Net()
         now=True,
         beside=("installed since",),
     ),
+    "two jaxes": Case(
+        "two on the path",
+        "jax_of(os.path.abspath('another'), 'jax', '9.9')",
+        """
+! jax is on the path twice, 9.9 in /another and JAX in /site: Python imports the
+  first, and its parts or pip may take the other; first of all in a restarted
+  kernel
+  write: import sys
+         sys.path.remove('/another')
+""",
+        now=True,
+        beside=("installed since",),
+    ),
     "together": Case(
         "versions",
         "jax_of(os.path.abspath('third'), 'optax', '9.9', 'Requires-Dist: jax<0.1\\n')",

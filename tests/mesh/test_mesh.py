@@ -188,7 +188,7 @@ TRAININGS = f"""{HEAD}
         (own, own_loss, optax.sgd(0.05), 1e-5),
     ):
         expected = None
-        for devices in (1, 2, 8):
+        for devices in (1, 2, 4, 8):
             session = session_of(make, devices)
             run = session.train(of, "net", data, optimizer=optimizer, batch=16, steps=100, eval=data)
             assert ([note.text for note in run.notes] == [last]) is (devices == 8), run.notes

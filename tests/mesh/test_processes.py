@@ -222,6 +222,13 @@ KILLED = """
     session.register("net", nn.Dense(2))
     session.mesh("data=-1")
     session.services.deadline = 60.0
+    for _ in range(2):
+        session.apply("net", x)
+    # A program that ran before is exchanged once in a hundred draws, and else dispatched at once.
+    exchanges = session.mesh().processes._number
+    for _ in range(100):
+        session.apply("net", x)
+    assert session.mesh().processes._number == exchanges + 1
     session.grad(loss, "net", x)
     if rank == 1:
         open("died", "w").write(repr(time.time()))
