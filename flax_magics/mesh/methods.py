@@ -104,6 +104,11 @@ class MeshMethods:
         if axes == "off":
             stand_outside(surroundings.of_state, "%flax_mesh off", "%flax_mesh off")
             return self._placed_on(None, "%flax_mesh off")
+        if isinstance(axes, jax.sharding.Mesh):
+            raise FlaxMagicsError(
+                "a session makes its mesh itself, by axes and sizes; one of your own is set by jax.set_mesh, and stands.",
+                hint="mesh(data=-1), or mesh(dict(mesh.shape)) for one of the same shape",
+            )
         wanted = {**(mesh_axes(axes) if isinstance(axes, str) else axes or {}), **sizes}
         check_axes(wanted)
         line = f"%flax_mesh {axes_text(wanted)}"

@@ -435,6 +435,8 @@ def test_a_restart_and_a_load_keep_the_mesh(tmp_path):
         ("data=2,data=4", "the axis `data` has two sizes"),
         ("data=-1,model=-1", "data=-1,model=-1: only one axis can be -1"),
         ("data=0", "data=0: an axis has a number of devices"),
+        ("", "a mesh has at least one axis"),
+        (jax.make_mesh((1,), ("data",)), "a session makes its mesh itself, by axes and sizes"),
     ],
 )
 def test_axes_that_are_none(text, said):
