@@ -330,8 +330,13 @@ def devices_of(tree: PyTree) -> str:
 
 def name_devices(devices: Collection[jax.Device]) -> str:
     """`cpu:0` for one device; `gpu:0-7`, `gpu:0,2` or `cpu:0-3,2048-2051` for several."""
-    platform, runs = next(iter(devices)).platform, list[list[int]]()
-    for number in sorted(device.id for device in devices):
+    return name_numbers(next(iter(devices)).platform, [device.id for device in devices])
+
+
+def name_numbers(platform: str, numbers: Iterable[int]) -> str:
+    """`name_devices` of a platform's devices by their numbers."""
+    runs = list[list[int]]()
+    for number in sorted(numbers):
         if not runs or number != runs[-1][-1] + 1:
             runs.append([])
         runs[-1].append(number)

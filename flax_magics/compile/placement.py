@@ -229,9 +229,11 @@ class Placement(Struct, frozen=True, dict=True):
                 recent.popitem(last=False)
         return placed
 
-    def forget(self) -> None:
-        """Lets go of the copies of the user's arrays."""
+    def forget(self) -> int:
+        """Lets go of the copies of the user's arrays. Returns how many there were."""
+        copies = len(self._recent)
         self._recent.clear()
+        return copies
 
     def use(self, inputs: PyTree, variables: PyTree, output: PyTree, text: Callable[[], str | None]) -> MeshUse:
         """What a run made of the mesh.

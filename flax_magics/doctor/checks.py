@@ -271,7 +271,8 @@ def legacy_keys(examined: Examined) -> Finding | None:
         and value.dtype == "uint32"
         and value.shape == shape
     ]
-    if not raw:
+    # Two numbers are no key by themselves: somebody has to have made keys so.
+    if not raw or not any("PRNGKey" in source for source in examined.sources()):
         return None
     told = ", ".join([*(f"`{name}`" for name in raw[:4]), *["…"] * (len(raw) > 4)])
     are = "is a key" if len(raw) == 1 else "are keys"

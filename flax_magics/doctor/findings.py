@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 from msgspec import Struct
 
-from ..base.measures import name_devices
+from ..base.measures import name_devices, name_numbers
 from ..base.text import bytes_, clean, count, dotted, plural, table
 from ..code.library import library_file, library_module
 from ..code.walk import ATOMS
@@ -61,23 +61,40 @@ def live_arrays() -> LiveArrays:
 
 
 def buffer_of(array: jax.Array) -> int:
-    """Equal for arrays that share their memory: JAX has a second array for what NumPy was shown of the first on a CPU."""
-    with contextlib.suppress(Exception):  # one of several devices, or a platform that has no pointers
+    """The memory of an array of one device, as a number."""
+    with contextlib.suppress(Exception):  # a platform that has no pointers
         return array.unsafe_buffer_pointer() or id(array)
     return id(array)
+
+
+def counted_as(live: LiveArrays) -> dict[int, int]:
+    """The id of each array → that of the array as which it counts: the first of those that share its memory.
+
+    JAX has a second array for what NumPy was shown of the first on a CPU, and one for each part of an array of several
+    devices, once somebody has asked for the parts.
+    """
+    first: dict[int, int] = {}
+    counted: dict[int, int] = {}
+    for number, array in sorted(live.items(), key=lambda item: -len(item[1].sharding.device_set)):
+        parts = [array]
+        if len(array.sharding.device_set) > 1:
+            parts = [shard.data for shard in array.addressable_shards]
+        buffers = [buffer_of(part) for part in parts]
+        counted[number] = next((first[buffer] for buffer in buffers if buffer in first), number)
+        first |= {buffer: counted[number] for buffer in buffers if buffer not in first}
+    return counted
 
 
 def bytes_by_device(live: LiveArrays) -> dict[str, int]:
     """Device → bytes that arrays take on it, of the devices of this process."""
     sizes: dict[Any, int] = {}
-    for array in {buffer_of(array): array for array in live.values()}.values():
-        for device, size in _places(array):
+    for number in set(counted_as(live).values()):
+        for device, size in _places(live[number]):
             sizes[device] = sizes.get(device, 0) + size
     return {name_devices([device]): sizes[device] for device in sorted(sizes, key=lambda device: device.id)}
 
 
 def _places(array: jax.Array) -> Iterator[tuple[Any, int]]:
-    # Not `addressable_shards`, which makes an array for each device.
     size = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
     for device in array.sharding.addressable_devices:
         yield device, size
@@ -91,22 +108,22 @@ def holdings(live: LiveArrays, roots: Roots, stops: Set[int] = frozenset(), othe
       stops: ids of objects that are not looked into.
       others: where to go on for arrays that are reached from none of these.
     """
-    buffers = {number: buffer_of(array) for number, array in live.items()}
-    holders: dict[int, list[str]] = {buffer: [] for buffer in buffers.values()}
+    counted = counted_as(live)
+    holders: dict[int, list[str]] = {number: [] for number in counted.values()}
     for name, value in roots:
-        for buffer in {buffers[number] for number in reached(value, live, stops)}:
+        for number in {counted[number] for number in reached(value, live, stops)}:
             # What is held anyway, replays and programs hold at no cost.
-            if not (name in SPARE and holders[buffer]):
-                holders[buffer].append(name)
+            if not (name in SPARE and holders[number]):
+                holders[number].append(name)
     seen = set(stops)  # of all of them together: what one has led to is not gone through again from the next
     for name, value in others:
         if all(holders.values()):
             break
-        for buffer in {buffers[number] for number in _walk(value, live, seen)}:
-            holders[buffer] = holders[buffer] or [name]
+        for number in {counted[number] for number in _walk(value, live, seen)}:
+            holders[number] = holders[number] or [name]
     groups: dict[tuple[str, ...], list[int]] = {}
-    for buffer, number in {buffer: number for number, buffer in buffers.items()}.items():
-        sizes = groups.setdefault(tuple(dict.fromkeys(holders[buffer])), [])
+    for number, names in holders.items():
+        sizes = groups.setdefault(tuple(dict.fromkeys(names)), [])
         sizes.append(sum(size for _, size in _places(live[number])))
     rows = [Holding(names, len(sizes), sum(sizes)) for names, sizes in groups.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
@@ -337,9 +354,21 @@ def freed_bundle(freed: Freed, style: str, first: str = "") -> dict[str, object]
 
 
 def _parts(freed: Freed) -> tuple[str, ...]:
-    gone = [f"{device} {bytes_(size)} freed" for device, size in freed.freed.items()]
-    held = [f"{device} {bytes_(size)}" for device, size in freed.held.items()]
+    gone = [f"{amount} freed" for amount in _amounts(freed.freed)]
+    held = _amounts(freed.held)
     return (*(gone or ["nothing freed"]), f"held: {', '.join(held)}" if held else "nothing held")
+
+
+def _amounts(sizes: Mapping[str, int]) -> list[str]:
+    """`cpu:0 4.2 MB`, `cpu:1-7 66 KB each`: devices with the same amount are named together."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for device, size in sizes.items():
+        platform, _, number = device.partition(":")
+        alike.setdefault((platform, bytes_(size)), []).append(int(number))
+    return [
+        f"{name_numbers(platform, numbers)} {size}{' each' * (len(numbers) > 1)}"
+        for (platform, size), numbers in alike.items()
+    ]
 
 
 def _rows(freed: Freed) -> list[tuple[str, str]]:

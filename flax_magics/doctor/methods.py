@@ -130,6 +130,9 @@ class HealthMethods:
         old = self.services.programs.let_go(self._state.models)
         if old:
             said.append(plural(old, "old program"))
+        copies = 0 if self._state.placement is None else self._state.placement.forget()
+        if copies:
+            said.append(f"{plural(copies, 'array')} copied to the mesh")
         lost = self._keeping.empty() if replays else 0
         self._keeping.settle()
         # Frames and their errors hold each other.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.measures import Limits, Timing, name_devices
+from ..base.private import is_in_mesh
 from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.compiler import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
@@ -76,7 +78,11 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     @property
     def line(self) -> Line:
         """The command and its call as they were written, from which advice makes other lines."""
-        return Line(self.call.command, self.call.text, self.bound.signature)
+        signature = self.bound.signature
+        if self.of_loss:  # is written with its net, and bound without
+            net = inspect.Parameter("_the_net", inspect.Parameter.POSITIONAL_ONLY)
+            signature = signature.replace(parameters=[net, *signature.parameters.values()])
+        return Line(self.call.command, self.call.text, signature)
 
 
 class RunVariables(Struct, frozen=True):
@@ -303,6 +309,8 @@ class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
             raise _foreign(error, self.call) from None
         if isinstance(error, (RuntimeError, ValueError)) and "deleted" in str(error):
             _check_inputs(self.call)
+        if isinstance(error, ValueError) and "incompatible devices" in str(error) and is_in_mesh():
+            raise _of_own_mesh(self.call) from None
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
         processes = None if self.placement is None else self.placement.processes
@@ -342,6 +350,16 @@ def _check_inputs(call: Call) -> None:
     """Raises where an array among the arguments was donated or deleted."""
     for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
         check_alive(f"the values of argument {place} of {call.text}", value)
+
+
+def _of_own_mesh(call: Call) -> FlaxMagicsError:
+    """The error for a mesh that the user has set over other devices than those of a model's variables, or of an argument."""
+    message = (
+        f"{call.text} cannot run in the mesh that is set here: it has other devices than the model's variables, or than an"
+        " argument."
+    )
+    hint = "variables that a session's mesh has laid out: %flax_mesh off; arrays of your own: jax.device_put"
+    return FlaxMagicsError(message, hint=hint)
 
 
 def _of_explicit_axes(error: BaseException, call: Call) -> FlaxMagicsError | None:

@@ -455,7 +455,7 @@ FLAX_MESH = Command(
     (
         "The axis `data` does not divide the rows of a call: one message says how many it would. A training's last batch is "
         "whole on each device then, and a note says so.",
-        "Your job has several processes: the command says so and refuses.",
+        "A process of your job does something else, or does not answer: the run fails in each, with where they stand.",
     ),
     takes="mesh",
     bare=True,

@@ -441,7 +441,9 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 
 def check_axes(axes: Mapping[str, int]) -> None:
-    """Raises FlaxMagicsError where a size is none, or more than one is -1."""
+    """Raises FlaxMagicsError where there is no axis, a size is none, or more than one is -1."""
+    if not axes:
+        raise FlaxMagicsError("a mesh has at least one axis, as data=-1.")
     for name, size in axes.items():
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
             message = f"{name}={size}: an axis has a number of devices, 1 or more, or -1 for all that are left."

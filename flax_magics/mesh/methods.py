@@ -31,18 +31,20 @@ if TYPE_CHECKING:
     from ..state.state import State
 
 
-NONE = Notice("mesh", ("none: runs are on one device",))
+OWN = "a mesh of your own is set here, and it stands"
 
 
 def notice(placement: Placement | None) -> Notice:
     """The line of a mesh: `mesh · data=4,model=2 · cpu:0-7 · …`."""
     if placement is None:
-        return NONE
+        return Notice("mesh", (f"none: {OWN if is_in_mesh() else 'runs are on one device'}",))
     cut = f"the leading axis of arrays is cut into {placement.parts} parts"
     if placement.is_single:
         cut = "one device, as without it"
     elif placement.parts == 1:
         cut = f"no axis `{DATA}`: arrays are whole on each device"
+    if is_in_mesh():
+        cut = f"not used now: {OWN}"
     return Notice("mesh", (placement.axes, placement.where, cut))
 
 
@@ -102,12 +104,17 @@ class MeshMethods:
         if axes == "off":
             stand_outside(surroundings.of_state, "%flax_mesh off", "%flax_mesh off")
             return self._placed_on(None, "%flax_mesh off")
+        if isinstance(axes, jax.sharding.Mesh):
+            raise FlaxMagicsError(
+                "a session makes its mesh itself, by axes and sizes; one of your own is set by jax.set_mesh, and stands.",
+                hint="mesh(data=-1), or mesh(dict(mesh.shape)) for one of the same shape",
+            )
         wanted = {**(mesh_axes(axes) if isinstance(axes, str) else axes or {}), **sizes}
         check_axes(wanted)
         line = f"%flax_mesh {axes_text(wanted)}"
         stand_outside(surroundings.of_state, line, line)
         if is_in_mesh():
-            message = "a mesh of your own is set here, and it stands: runs inside it are laid out by what you write."
+            message = f"{OWN}: runs inside it are laid out by what you write."
             raise FlaxMagicsError(message, hint=f"outside of it (no jax.set_mesh, no `with mesh:`) {line} sets one")
         return self._placed_on(of_devices(wanted, jax.devices(default_device().platform)), line)
 

@@ -15,6 +15,7 @@ from ..base.measures import name_devices
 from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
+from ..doctor.findings import bytes_by_device, live_arrays
 from ..line.commands import COMMANDS, restart_line
 from ..mesh.methods import cells
 from ..report.html import render, shown_bundle
@@ -156,7 +157,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         models=tuple(models),
         runs=tuple(session.last(KEPT)),
         amounts=(
-            ("arrays alive in this process", bytes_(sum(array.nbytes for array in jax.live_arrays()))),
+            ("arrays alive in this process", bytes_(sum(bytes_by_device(live_arrays()).values()))),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
             ("compiled programs kept", str(len(session.programs))),
             ("on disk", _on_disk(session)),

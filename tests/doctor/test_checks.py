@@ -40,6 +40,9 @@ def found():
 run(SETUP)
 told = {}
 assert found() == {}, found()
+run("sizes = jnp.asarray([3, 4], 'uint32')")  # which is no key
+assert found() == {}, found()
+run("del sizes")
 for name, check, cell, after in CASES:
     run(cell)
     findings = found()
@@ -476,6 +479,19 @@ other = users_models.Net()
   kernel
   write: import sys
          sys.path.remove('/other')
+""",
+        now=True,
+        beside=("installed since",),
+    ),
+    "two jaxes": Case(
+        "two on the path",
+        "jax_of(os.path.abspath('another'), 'jax', '9.9')",
+        """
+! jax is on the path twice, 9.9 in /another and JAX in /site: Python imports the
+  first, and its parts or pip may take the other; first of all in a restarted
+  kernel
+  write: import sys
+         sys.path.remove('/another')
 """,
         now=True,
         beside=("installed since",),

@@ -188,7 +188,7 @@ TRAININGS = f"""{HEAD}
         (own, own_loss, optax.sgd(0.05), 1e-5),
     ):
         expected = None
-        for devices in (1, 2, 8):
+        for devices in (1, 2, 4, 8):
             session = session_of(make, devices)
             run = session.train(of, "net", data, optimizer=optimizer, batch=16, steps=100, eval=data)
             assert ([note.text for note in run.notes] == [last]) is (devices == 8), run.notes
@@ -334,6 +334,62 @@ EXPORT = f"""
 """
 
 
+HELD = """
+    import contextlib, io, jax
+    from IPython.core.interactiveshell import InteractiveShell
+
+    def shown(cell, fails=False):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            result = InteractiveShell.instance().run_cell(cell, store_history=True)
+        assert result.success is not fails, printed.getvalue()
+        return printed.getvalue()
+
+    shown(
+        "%load_ext flax_magics\\n%colors NoColor\\n"
+        "import jax, jax.numpy as jnp, numpy as np\\nfrom flax import linen as nn\\n"
+        "net, x = nn.Dense(8, use_bias=False), jnp.ones((16_000, 64))\\n"
+        "def loss(net, batch, weights):\\n  return (net(batch['x']) ** 2).mean() * weights.sum()"
+    )
+    # Of a loss the advice takes the argument that is meant, and not that before it.
+    shown("%flax_mesh -q data=-1")
+    text = shown("%flax_grad loss(net, {'x': x[:6]}, jnp.ones(3))", fails=True)
+    write = "  write: import flax_magics, jax\\n         %flax_grad "
+    argument = "jax.device_put({'x': x[:6]}, flax_magics.session().mesh().replicated)"
+    assert f"{write}loss(net, {argument}, jnp.ones(3))\\n" in text, text
+    # What the session has copied to the mesh goes; parts of an array, and what NumPy was shown, are no further ones.
+    shown("y = %flax_apply -q net(x)")
+    shown("print(y[:1], np.asarray(y).sum(), [shard.data.sum() for shard in y.addressable_shards])")
+    text = shown("%flax_free --replays")
+    assert text == (
+        "free · cpu:0-7 512 KB each freed · held: cpu:0 4.2 MB, cpu:1-7 66.0 KB each\\n"
+        "  let go  the last error, with its frames    1 array copied to the mesh\\n"
+        "  held    4.1 MB   x\\n"
+        "          512 KB   y\\n"
+        "          16.4 KB  the model net\\n"
+        "! 1 run can be replayed no more: what they needed was let go of\\n"
+    ), text
+    assert "\\n  arrays alive in this process   4.6 MB\\n" in shown("%flax")
+    shown("del x, y\\n%flax_free")
+    alive = [(array.shape, len(array.sharding.device_set)) for array in jax.live_arrays()]
+    assert [one for one in alive if one[1] == 8] == [((64, 8), 8)], alive
+    # Inside a mesh of one's own it is not this one that lays out runs.
+    own = "a mesh of your own is set here, and it stands"
+    shown("y = %flax_apply -q net(jnp.ones((8, 64)))")
+    auto = "axis_types=(jax.sharding.AxisType.Auto,)"
+    shown(f"jax.set_mesh(jax.make_mesh((4,), ('z',), {auto}, devices=jax.devices()[:4]));")
+    text = shown("%flax_apply -q net(jnp.ones((8, 64)))", fails=True)
+    assert text.startswith("FlaxMagicsError: net(jnp.ones((8, 64))) cannot run in the mesh that is set here: "), text
+    assert shown("%flax_mesh").startswith(f"mesh · data=8 · cpu:0-7 ·\\n    not used now: {own}\\n")
+    assert shown("%flax_mesh off") == f"mesh · none: {own}\\n"
+    assert shown("y = %flax_apply -q net(jnp.ones((8, 64)))\\nprint(y.sharding.mesh.axis_names)") == "('z',)\\n"
+    print("done")
+"""
+
+
+def test_bytes_on_several_devices_count_once_and_advice_names_the_batch():
+    assert printed_by(HELD, "-W", "ignore", devices=8).endswith("done\n")
+
+
 @pytest.mark.usefixtures("optimised")
 def test_an_export_puts_arrays_on_the_mesh_and_gives_the_same_bits_and_what_is_shown_of_it():
     assert printed_by(EXPORT, "-W", "ignore", devices=8).endswith("done\n")
@@ -379,6 +435,8 @@ def test_a_restart_and_a_load_keep_the_mesh(tmp_path):
         ("data=2,data=4", "the axis `data` has two sizes"),
         ("data=-1,model=-1", "data=-1,model=-1: only one axis can be -1"),
         ("data=0", "data=0: an axis has a number of devices"),
+        ("", "a mesh has at least one axis"),
+        (jax.make_mesh((1,), ("data",)), "a session makes its mesh itself, by axes and sizes"),
     ],
 )
 def test_axes_that_are_none(text, said):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from processes import Job, printed_by
 
 from flax_magics import Session
@@ -206,6 +207,62 @@ def test_two_processes_compute_what_one_does_and_none_waits_for_ever(tmp_path: P
     _alike("adam", first, alone, 1e-2)
     both = [np.load(tmp_path / f"resumed{rank}.npz") for rank in (0, 1)]
     assert all((both[0][name] == both[1][name]).all() for name in both[0])
+
+
+KILLED = """
+    import os, signal, time
+    import jax.numpy as jnp
+    from flax import linen as nn
+    from flax_magics import FlaxMagicsError, Session
+
+    def loss(net, batch):
+        return (net(batch) ** 2).mean()
+
+    session, x = Session(), jnp.ones((6, 4))
+    session.register("net", nn.Dense(2))
+    session.mesh("data=-1")
+    session.services.deadline = 60.0
+    for _ in range(2):
+        session.apply("net", x)
+    # A program that ran before is exchanged once in a hundred draws, and else dispatched at once.
+    exchanges = session.mesh().processes._number
+    for _ in range(100):
+        session.apply("net", x)
+    assert session.mesh().processes._number == exchanges + 1
+    session.grad(loss, "net", x)
+    if rank == 1:
+        open("died", "w").write(repr(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not os.path.exists("died"):
+        time.sleep(0.01)
+    try:
+        session.grad(loss, "net", x)
+        raise AssertionError("it did not fail")
+    except FlaxMagicsError as error:
+        took = time.time() - float(open("died").read())
+        assert "process 1 has ended" in str(error), error
+    assert took < 1, took
+    print("told", flush=True)
+    time.sleep(HEARTBEAT + 10)
+    session.mesh("off")
+    assert session.apply("net", x).device == f"cpu:{2048 * rank}"
+    print("lives", flush=True)
+    open(f"lives{rank}", "w").close()
+    while rank == 0 and not os.path.exists("lives2"):
+        time.sleep(0.01)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("recoverable", [True, False], ids=["recoverable", "not recoverable"])
+def test_the_others_live_on_where_that_was_asked_for_and_else_end_within_the_heartbeat(tmp_path: Path, recoverable):
+    heartbeat, script = 12, KILLED.replace("HEARTBEAT", "12")
+    with Job(script, str(tmp_path), 3, heartbeat=heartbeat, recoverable=recoverable) as job:
+        assert job.ended(1)[0] == -signal.SIGKILL
+        for rank in (0, 2):
+            status, output = job.ended(rank, 60 if recoverable else heartbeat + 6)
+            assert "told\n" in output
+            assert ((status, "lives\n" in output) == (0, True)) is recoverable, output
 
 
 LEFT = f"""{HEAD}

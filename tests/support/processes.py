@@ -112,7 +112,7 @@ sys.path.insert(0, {SUPPORT!r})
 import jax
 rank, count = int(os.environ["RANK"]), int(os.environ["COUNT"])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.config.update("jax_enable_recoverability", True)
+jax.config.update("jax_enable_recoverability", {{recoverable}})
 jax.distributed.initialize(os.environ["COORDINATOR"], count, rank, heartbeat_timeout_seconds={{heartbeat}})
 """
 
@@ -123,8 +123,10 @@ class Job:
     Their lines, and their errors, are read together.
     """
 
-    def __init__(self, script: str, folder: str, count: int = 2, heartbeat: int = 100) -> None:
-        self._script = JOB.format(heartbeat=heartbeat) + textwrap.dedent(script)
+    def __init__(
+        self, script: str, folder: str, count: int = 2, *, heartbeat: int = 100, recoverable: bool = True
+    ) -> None:
+        self._script = JOB.format(heartbeat=heartbeat, recoverable=recoverable) + textwrap.dedent(script)
         self._folder, self._count = folder, count
 
     def __enter__(self) -> Job:
