@@ -74,7 +74,7 @@ def _edited(error: Exception, parameter: str) -> str | None:
     module, or else one that the method is to take.
     """
     from ..code.library import is_module, library_file
-    from ..line.expression import start_of
+    from ..line.expression import start_of, with_arguments
     from ..models.switch import WHEN_TRAINING, following
 
     trace, step = error.__traceback__, None
@@ -96,11 +96,9 @@ def _edited(error: Exception, parameter: str) -> str | None:
         return None
     fields = (f"self.{name}" for name in WHEN_TRAINING if isinstance(getattr(module, name, None), bool))
     switch = next((name for name in names if name in WHEN_TRAINING), next(fields, ""))
-    inside = call[:-1].rstrip().rstrip(",")
     *head, keyword = following(parameter, switch, code.co_name).splitlines()
-    switched = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
     head = [_with_switch(getattr(type(module), code.co_name, None), code.co_name) or text for text in head]
-    edited = f"{line[:begin].decode()}{switched}{line[end:].decode()}".strip()
+    edited = f"{line[:begin].decode()}{with_arguments(call, [keyword])}{line[end:].decode()}".strip()
     if head and edited.startswith("def "):  # the method stands on one line
         body = ast.parse(edited).body[0].body[0]  # type: ignore[attr-defined]
         return f"{head[0]} {edited[start_of(edited, body) :]}"
