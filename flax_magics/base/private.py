@@ -47,7 +47,6 @@ def _is_clean() -> Callable[[], bool]:
     return _of_jax("core.trace_state_clean", lambda: True)  # "clean": otherwise every command would be refused
 
 
-@cache
 def role_of(module: str) -> Literal["callback", "trace"] | None:
     """What a stack frame of `module` says about the code it calls: a host callback, a trace, or neither (None)."""
     if module in CALLBACKS:
