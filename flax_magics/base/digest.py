@@ -39,6 +39,11 @@ def is_key(leaf: Leaf) -> bool:
     return not (dtype is None or isinstance(dtype, np.dtype)) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def may_be_key(leaf: Leaf) -> bool:
+    """Whether a leaf can be a PRNG key: typed keys, or uint32 of the shape of a legacy key."""
+    return isinstance(leaf, jax.Array) and (is_key(leaf) or (leaf.dtype == "uint32" and leaf.shape in ((2,), (4,))))
+
+
 def is_gone(tree: object) -> bool:
     """Whether an array of the tree was donated or deleted."""
     return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(tree))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from importlib import import_module
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .types import Record
 
@@ -23,6 +24,19 @@ TRANSFORMS = "jax._src.interpreters."
 """Prefix of the JAX modules that call a function to trace, differentiate or map it."""
 
 
+T = TypeVar("T")
+
+
+def _of_jax(name: str, otherwise: T) -> T:
+    """A private name of JAX, such as `core.trace_state_clean`; `otherwise` in a version that lacks it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found: T = getattr(import_module(f"jax._src.{module}"), attribute)
+    except (ImportError, AttributeError):
+        return otherwise
+    return found
+
+
 def is_tracing() -> bool:
     """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
     return not _is_clean()()
@@ -30,14 +44,9 @@ def is_tracing() -> bool:
 
 @cache
 def _is_clean() -> Callable[[], bool]:
-    try:
-        from jax._src.core import trace_state_clean
-    except ImportError:
-        return lambda: True  # "clean": otherwise every command would be refused
-    return trace_state_clean
+    return _of_jax("core.trace_state_clean", lambda: True)  # "clean": otherwise every command would be refused
 
 
-@cache
 def role_of(module: str) -> Literal["callback", "trace"] | None:
     """What a stack frame of `module` says about the code it calls: a host callback, a trace, or neither (None)."""
     if module in CALLBACKS:
@@ -51,12 +60,10 @@ def hide_frames(folder: str) -> bool:
 
     Gives whether this version can do that.
     """
-    try:
-        from jax._src.source_info_util import register_exclusion
-    except ImportError:
-        return False
-    register_exclusion(folder)
-    return True
+    register: Callable[[str], object] | None = _of_jax("source_info_util.register_exclusion", None)
+    if register is not None:
+        register(folder)
+    return register is not None
 
 
 def frames_of(source: object) -> list[tuple[str, int, str]]:
@@ -65,10 +72,7 @@ def frames_of(source: object) -> list[tuple[str, int, str]]:
     Args:
       source: the equation's `source_info`.
     """
-    try:
-        from jax._src.source_info_util import user_frames
-    except ImportError:
-        return []
+    user_frames: Callable[[object], Iterable[Any]] = _of_jax("source_info_util.user_frames", lambda traceback: ())
     try:
         frames = list(user_frames(source.traceback))  # type: ignore[attr-defined]
         return [(frame.file_name, frame.start_line, frame.function_name) for frame in frames]
@@ -82,11 +86,7 @@ def trace_context_of() -> Callable[[], tuple[object, ...]]:
     On a JAX without it the replacement returns `()`, so programs traced under different `jax.set_mesh` contexts cannot
     be told apart there.
     """
-    try:
-        from jax._src.config import trace_context
-    except ImportError:
-        return tuple  # called without arguments: `()`
-    return trace_context  # type: ignore[no-any-return]
+    return _of_jax("config.trace_context", tuple)  # called without arguments it is `()`
 
 
 def settings_reader(names: Sequence[str]) -> Callable[[], tuple[object, ...]]:
@@ -107,12 +107,9 @@ def settings_reader(names: Sequence[str]) -> Callable[[], tuple[object, ...]]:
 
 def trace_context_names() -> tuple[str, ...]:
     """The name of each item of the trace context, in order; empty where JAX does not name them."""
+    names: Callable[[], Iterable[str]] = _of_jax("config.trace_context_names", tuple)
     try:
-        from jax._src.config import trace_context_names
-    except ImportError:
-        return ()  # older versions
-    try:
-        return tuple(trace_context_names())
+        return tuple(names())
     except NotImplementedError:  # the installed jaxlib is too old for it
         return ()
 
@@ -146,30 +143,19 @@ def accelerators() -> list[str]:
 
 def has_devices() -> bool:
     """Whether JAX has found its devices already, which settles how it holds their memory; True where it cannot be told."""
-    try:
-        from jax._src.xla_bridge import backends_are_initialized
-    except ImportError:
-        return True
-    return backends_are_initialized()
+    return _of_jax("xla_bridge.backends_are_initialized", lambda: True)()
 
 
 def coordination() -> tuple[Any, str | None]:
     """The client of the coordinator's key-value store, and the coordinator's address; None in a job of one process."""
-    try:
-        from jax._src.distributed import global_state
-    except ImportError:
-        return None, None
-    return getattr(global_state, "client", None), getattr(global_state, "coordinator_address", None)
+    state = _of_jax("distributed.global_state", None)
+    return getattr(state, "client", None), getattr(state, "coordinator_address", None)
 
 
 def is_compiled_alone(primitive: Primitive) -> bool:
     """Whether eager JAX runs this primitive by compiling it as a program of its own; False where it cannot be told."""
-    try:
-        from jax._src.dispatch import apply_primitive
-    except ImportError:
-        return False
     # `impl` is then `partial(apply_primitive, primitive)`; other primitives have Python rules of their own.
-    return getattr(primitive.impl, "func", None) is apply_primitive
+    return getattr(primitive.impl, "func", None) is _of_jax("dispatch.apply_primitive", object())
 
 
 class Staging(Record):

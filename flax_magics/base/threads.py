@@ -46,24 +46,6 @@ def at_once(assignments: Iterable[Assignment]) -> None:
     collections.deque(starmap(call, tuple(assignments)), maxlen=0)
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Defers Ctrl-C during the block and delivers it afterwards. On other threads than the main one it does nothing."""
-    handler = signal.getsignal(signal.SIGINT)
-    # Only the main thread gets signals. A handler that is no callable ignores SIGINT, or was set outside of Python.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signals: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: signals.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if signals:
-            handler(*signals[0])
-
-
 class Interrupts:
     """A block in which Ctrl-C is noted, and raised where the block asks for it: a loop then stops between its steps.
 
@@ -78,6 +60,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         handler = signal.getsignal(signal.SIGINT)
+        # Only the main thread gets signals. A handler that is no callable ignores SIGINT, or was set outside of Python.
         if threading.current_thread() is threading.main_thread() and callable(handler):
             self._handler = handler
             signal.signal(signal.SIGINT, self._note)
@@ -111,6 +94,16 @@ class Interrupts:
             yield
         finally:
             self._opened = False
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Defers Ctrl-C during the block and delivers it afterwards. On other threads than the main one it does nothing."""
+    with Interrupts() as interrupts:
+        try:
+            yield
+        finally:
+            interrupts.check()
 
 
 P = ParamSpec("P")

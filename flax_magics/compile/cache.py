@@ -98,45 +98,16 @@ class BuiltProgram(Struct, frozen=True):
     digest: str = ""
 
 
-class PendingProgram(Struct, frozen=True):
-    """A program that is traced and lowered, and is being compiled unless `executable` was found in the cache.
-
-    Attributes:
-      key: its `call_key`, None where that cannot be told.
-      call: the traced call.
-      trees: the structures of arguments and results.
-      text_key: key of the lowered program, in `by_text` and `compiling`; `digest`: see `Program`.
-      shareable: another call with the same `text_key` may use the executable.
-      executable: None while it is being compiled.
-      future: of the compilation; None where none was needed.
-      resumed: an interrupted run had begun to compile it.
-    """
-
-    key: Hashable | None
-    call: TracedCall[Program]
-    trees: Trees
-    text_key: Hashable
-    digest: str
-    shareable: bool
-    executable: Executable
-    future: Future | None
-    timing: Timing
-    resumed: bool
-
-    @property
-    def request(self) -> TraceRequest:
-        """The completed request that it is made for."""
-        return self.call.request
-
-
 class Compiling(Struct, frozen=True):
-    """A function that is no call of a model, while it is compiled.
+    """A lowered program while it is compiled, of a call or of any other function.
 
     Attributes:
       executable: None while it is being compiled; then `future` is the compilation.
-      timing: of lowering.
+      timing: of what has made it so far.
       key: in `by_text` and `compiling`.
-      trees: None where no other function with the same key may use the executable.
+      trees: the structures of arguments and results; None where no other call with the same key may use the executable.
+      digest: see `Program`.
+      resumed: an interrupted run had begun to compile it.
     """
 
     executable: Executable
@@ -145,6 +116,25 @@ class Compiling(Struct, frozen=True):
     key: Hashable = None
     trees: Trees | None = None
     digest: str = ""
+    resumed: bool = False
+
+
+class PendingProgram(Struct, frozen=True):
+    """The program of a call that is traced and lowered; `key`: its `call_key`, None where that cannot be told."""
+
+    key: Hashable | None
+    call: TracedCall[Program]
+    compiling: Compiling
+
+    @property
+    def request(self) -> TraceRequest:
+        """The completed request that it is made for."""
+        return self.call.request
+
+    @property
+    def digest(self) -> str:
+        """See `Program`."""
+        return self.compiling.digest
 
 
 class ProgramCache:
@@ -244,34 +234,17 @@ class ProgramCache:
             raise ForeignOutput(call.trace.foreign)
         assert start is not None
         equations = equations_key(traced, request)
-        timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
+        timing = Timing(trace=self.clock() - start)
         text_key, trees = self.by_equations.get(equations, (None, None))
         executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
-        lowered: jax.stages.Lowered | None = None
         if executable is not None or future is not None:
             self.by_equations.move_to_end(equations)
-        else:
-            phase("lowering")
-            start = self.clock()
-            lowered = traced.lower()
-            shared_key = program_key(traced, lowered, placed(request))
-            timing = replace(timing, lower=self.clock() - start)
-            # The text numbers host callbacks and does not name them: programs of one text may call different functions.
-            shareable = shared_key is not None
-            text_key = shared_key or key or object()
-            trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
-            if shareable and equations is not None:
-                keep(self.by_equations, equations, (text_key, trees), KEPT)
-            executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
-            resumed = future is not None
-            if executable is None and future is None:
-                # Finished compilations of interrupted runs that were never repeated would pile up.
-                for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
-                    self.compiling.pop(forgotten, None)
-                future = self.compiling[text_key] = self.compiler.start(lowered, shared_key, looks(request))
-        assert trees is not None  # they are kept with the program's text
-        digest = digest_of(text_key if shareable else None, lowered)
-        return PendingProgram(key, call, trees, text_key, digest, shareable, executable, future, timing, resumed)
+            digest, resumed = digest_of(text_key, None), future is not None
+            return PendingProgram(key, call, Compiling(executable, future, timing, text_key, trees, digest, resumed))
+        begun = self.begin_compiling(traced, phase, placed(request), looks=looks(request), otherwise=key)
+        if begun.trees is not None and equations is not None:
+            keep(self.by_equations, equations, (begun.key, begun.trees), KEPT)
+        return PendingProgram(key, call, replace(begun, timing=replace(begun.timing, trace=timing.trace)))
 
     def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
         """The cached executable of a lowered program, None where there is none with these structures."""
@@ -286,34 +259,18 @@ class ProgramCache:
         """Waits until `pending` is compiled, and caches it."""
         if isinstance(pending, BuiltProgram):
             return pending
-        origin, timing, text_key, executable = "reused", pending.timing, pending.text_key, pending.executable
-        if executable is None:
-            assert pending.future is not None
-            phase("compiling")
-            start = self.clock()
-            # Another thread may wait for the same one, and be the first to take it out of those under way.
-            try:
-                compiled: Compiled = wait_for(pending.future)
-            except Exception:  # not on an interrupt: then the compilation goes on for the next run
-                self.compiling.pop(text_key, None)
-                raise
-            waited = self.clock() - start
-            self.compiling.pop(text_key, None)
-            executable, origin = compiled.executable, compiled.origin
-            # `compiled.seconds` is in time of the machine's clock, which a test's own clock does not follow.
-            beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0
-            timing = replace(timing, compile=waited + beside, beside=beside)
-            if pending.shareable:
-                keep(self.by_text, text_key, (executable, pending.trees), KEPT)
-        call, effects = pending.call, bool(pending.call.traced.jaxpr.effects) or not pending.shareable
+        call, begun = pending.call, pending.compiling
+        executable, origin, timing = self.finish_compiling(begun, phase)
+        timing = replace(timing, compile=timing.compile + timing.beside)
+        effects = bool(call.traced.jaxpr.effects) or begun.trees is None
         known = next((one for one in self.by_call.values() if one.executable is executable), None)
         if known is None:
             device = name_devices(devices_of(executable) or {default_device()})
-            known = Program(executable, call.needs, call.trace, device, memory_of(executable), pending.digest, effects)
-        program = replace(known, needs=call.needs, trace=call.trace, digest=pending.digest, effects=effects)
+            known = Program(executable, call.needs, call.trace, device, memory_of(executable), begun.digest, effects)
+        program = replace(known, needs=call.needs, trace=call.trace, digest=begun.digest, effects=effects)
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
-        return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
+        return BuiltProgram(pending.key, pending.request, program, origin, timing, begun.resumed)
 
     def let_go(self, models: Container[str]) -> int:
         """Drops programs of other models than `models`, of earlier editions of these, of runs that were given up, and of
@@ -345,39 +302,57 @@ class ProgramCache:
             self.by_text.pop(text_key, None)
         return len(dropped)
 
-    def begin_compiling(self, traced: Traced, phase: OnPhase, where: Hashable) -> Compiling:
-        """Starts to compile a traced function that is no call of a model, unless it is cached.
+    def begin_compiling(
+        self, traced: Traced, phase: OnPhase, where: Hashable, *, looks: Hashable = None, otherwise: Hashable = None
+    ) -> Compiling:
+        """Lowers a traced function, and starts to compile it unless it is cached or being compiled.
 
         Args:
           where: the shardings of committed arguments.
+          looks: of the call that it is the program of, see `Compiler.start`.
+          otherwise: a key for it where its text gives none.
         """
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
-        key = program_key(traced, lowered, where)
-        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        shared_key = program_key(traced, lowered, where)
         timing = Timing(lower=self.clock() - start)
-        executable = None if key is None else self._executable(key, trees)
-        text_key = key or object()
-        future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
-        if future is not None:
-            self.compiling[text_key] = future
-        return Compiling(executable, future, timing, text_key, trees if key else None, digest_of(key, lowered))
+        # The text numbers host callbacks and does not name them: programs of one text may call different functions.
+        trees = None if shared_key is None else (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        key = shared_key or otherwise or object()
+        executable, future = self._executable(key, trees), self.compiling.get(key)
+        resumed = future is not None
+        if executable is None and future is None:
+            # Finished compilations of interrupted runs that were never repeated would pile up.
+            for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
+                self.compiling.pop(forgotten, None)
+            future = self.compiling[key] = self.compiler.start(lowered, shared_key, looks)
+        return Compiling(executable, future, timing, key, trees, digest_of(shared_key, lowered), resumed)
 
     def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
-        """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""
-        if begun.future is None:
+        """Waits until it is compiled, and caches it.
+
+        Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times: of compiling the seconds
+        that this took, and as `beside` those from before it.
+        """
+        if begun.executable is not None:
             return begun.executable, "reused", begun.timing
+        assert begun.future is not None
         phase("compiling")
         start = self.clock()
+        # Another thread may wait for the same one, and be the first to take it out of those under way.
         try:
             compiled: Compiled = wait_for(begun.future)
-        finally:
-            if begun.future.done():  # an interrupted compilation goes on for the next run
-                self.compiling.pop(begun.key, None)
+        except Exception:  # not on an interrupt: then the compilation goes on for the next run
+            self.compiling.pop(begun.key, None)
+            raise
+        waited = self.clock() - start
+        self.compiling.pop(begun.key, None)
+        # `compiled.seconds` is in time of the machine's clock, which a test's own clock does not follow.
+        beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0
         if begun.trees is not None:
             keep(self.by_text, begun.key, (compiled.executable, begun.trees), KEPT)
-        return compiled.executable, compiled.origin, replace(begun.timing, compile=self.clock() - start)
+        return compiled.executable, compiled.origin, replace(begun.timing, compile=waited, beside=beside)
 
 
 class Services(Struct, eq=False):

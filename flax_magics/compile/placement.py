@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import digest_of_alike, is_gone, is_key, is_spread, weakly_typed
+from ..base.digest import digest_of_alike, is_gone, is_key, is_spread, may_be_key, weakly_typed
 from ..base.measures import Lies, MeshUse, name_devices
 from ..base.private import is_in_mesh
 from ..base.processes import Processes, Standing, Waiting, processes_of
@@ -204,7 +204,7 @@ class Placement(Struct, frozen=True, dict=True):
                 continue
             if _is_laid_out(leaf) and not self.holds(leaf):
                 raise self._of_other_devices(name, leaf, line)
-            is_batch = place not in held and not _may_be_key(leaf) and (in_batch is None or place < in_batch)
+            is_batch = place not in held and not may_be_key(leaf) and (in_batch is None or place < in_batch)
             if is_batch and not self.holds(leaf) and leaf.shape[0] % self.parts:
                 raise self._undivided(name, leaf, line)
             shardings[name] = self.batch if is_batch else self.replicated
@@ -430,11 +430,6 @@ def _in_modules(arguments: Arguments) -> set[int]:
     kinds = (*modules, nnx.Variable)
     parts = jax.tree_util.tree_leaves(numbered, is_leaf=lambda part: isinstance(part, kinds))
     return {number for part in parts if isinstance(part, kinds) for number in jax.tree_util.tree_leaves(part)}
-
-
-def _may_be_key(leaf: Leaf) -> bool:
-    """Whether a leaf can hold a PRNG key: typed keys, or uint32 of the shape of a legacy key."""
-    return is_key(leaf) or (isinstance(leaf, jax.Array) and leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)))
 
 
 def of_devices(axes: Mapping[str, int], devices: list[jax.Device]) -> Placement:

@@ -105,7 +105,7 @@ def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) 
         ran_last = last is not None and last.key is not None and last.key == old.key
         return int(old.method != now.method), len(_causes(old, now)), not ran_last, -age
 
-    _, nearest = min(enumerate(known), key=rank)
+    _, nearest = min(enumerate([*known]), key=rank)  # a copy: another thread may add one
     causes = tuple(_causes(nearest, now))
     if causes:
         return causes

@@ -308,7 +308,8 @@ class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
         if isinstance(error, ForeignOutput):
             raise _foreign(error, self.call) from None
         if isinstance(error, (RuntimeError, ValueError)) and "deleted" in str(error):
-            _check_inputs(self.call)
+            for place, value in (*enumerate(self.call.args, 1), *self.call.kwargs.items()):
+                check_alive(f"the values of argument {place} of {self.call.text}", value)
         if isinstance(error, ValueError) and "incompatible devices" in str(error) and is_in_mesh():
             raise _of_own_mesh(self.call) from None
         if error is not None and is_out_of_memory(error):
@@ -344,12 +345,6 @@ def _foreign(error: ForeignOutput, call: Call) -> FlaxMagicsError:
         f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
     )
     return FlaxMagicsError(message, **written(line))
-
-
-def _check_inputs(call: Call) -> None:
-    """Raises where an array among the arguments was donated or deleted."""
-    for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
-        check_alive(f"the values of argument {place} of {call.text}", value)
 
 
 def _of_own_mesh(call: Call) -> FlaxMagicsError:

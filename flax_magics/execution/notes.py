@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 import jax
 import numpy as np
 
-from ..base.digest import data_of, is_key, is_spread
+from ..base.digest import data_of, is_key, is_spread, may_be_key
 from ..base.output import has_nan
 from ..base.text import join
 from ..base.types import Leaf
@@ -240,11 +240,6 @@ def _finding_nan(run: Run) -> dict[str, str]:
         return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
     return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --keys-of last {mode}{run.call}")
-
-
-def may_be_key(leaf: Leaf) -> bool:
-    """Whether a leaf can be a PRNG key: typed keys, or uint32 of the shape of a legacy key."""
-    return isinstance(leaf, jax.Array) and (is_key(leaf) or (leaf.dtype == "uint32" and leaf.shape in ((2,), (4,))))
 
 
 def keys_in(arguments: Arguments, seen: SeenKeys, but: Container[str]) -> Iterator[tuple[str, bytes]]:

@@ -17,7 +17,7 @@ from operator import is_
 import jax
 from msgspec import Struct
 
-from ..base.digest import owned_copy
+from ..base.digest import may_be_key, owned_copy
 from ..base.measures import Timing
 from ..base.output import SMALL as COPIED
 from ..base.output import Floats, any_nan, floats_in, has_nan, nan_in
@@ -36,7 +36,6 @@ from ..state.entry import ApplyRecipe, ModelEntry, Origin
 from ..state.runs import Inputs as InputLeaves
 from ..state.runs import RunLine, StoredRun
 from .call import Call
-from .notes import may_be_key
 from .plan import Plan
 from .record import Applied
 

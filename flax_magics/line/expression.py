@@ -19,7 +19,7 @@ from types import CodeType, FunctionType
 from typing import Any
 from zlib import crc32
 
-from ..base.tokens import index_of, point_at
+from ..base.tokens import assigned_names, index_of, point_at
 from ..base.types import PyTree, Record
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
@@ -151,7 +151,7 @@ def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
     arguments = ast.arguments([], [ast.arg(name) for name in (_GATHER, *names)], None, [], [], None, [])
     function = ast.FunctionDef("call", arguments, [ast.Return(tree)], [], None)
     function.type_params = []  # type: ignore[attr-defined]  # `compile` requires it since Python 3.12
-    bound = sorted(set(_walrus(tree)) - set(names))
+    bound = sorted({*assigned_names(tree)} - {*names})
     if bound:
         function.body.insert(0, ast.Global(bound))
     for node in (function, *function.body):
@@ -162,15 +162,6 @@ def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
     code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
     # Named like top-level code, so that tracebacks show no function of ours.
     return code.replace(co_name="<module>", co_qualname="<module>")
-
-
-def _walrus(tree: ast.AST) -> list[str]:
-    """Names that `:=` binds in the scope of `tree` itself: also from comprehensions inside, but not from lambdas."""
-    if isinstance(tree, ast.Lambda):
-        defaults = (*tree.args.defaults, *filter(None, tree.args.kw_defaults))
-        return [name for default in defaults for name in _walrus(default)]
-    bound = [tree.target.id] if isinstance(tree, ast.NamedExpr) else []
-    return bound + [name for child in ast.iter_child_nodes(tree) for name in _walrus(child)]
 
 
 def start_of(text: str, node: ast.expr | ast.stmt) -> int:

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from ..base.digest import describe
 from ..base.types import Leaf, PyTree
 from ..code.library import is_module, library_file, nnx_modules
-from ..line.expression import positional_names
+from ..line.expression import positional_names, with_arguments
 
 Names: TypeAlias = tuple[str, ...]
 Path: TypeAlias = tuple[str, ...]
@@ -221,8 +221,7 @@ class CallText(Struct, frozen=True):
         """Its text with `name=value` in the place of what it gives for that parameter, or as its last argument."""
         given = self._given(keyword.partition("=")[0], place)
         if given is None or isinstance(given, ast.Starred) or (isinstance(given, ast.keyword) and given.arg is None):
-            inside = self.text[:-1].rstrip().rstrip(",")
-            return f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
+            return with_arguments(self.text, [keyword])
         text = self.text.encode()
         return f"{text[: given.col_offset].decode()}{keyword}{text[given.end_col_offset :].decode()}"
 

@@ -15,6 +15,7 @@ from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, written
+from ..line.expression import with_arguments
 from ..rng.keys import SPLIT, Draw
 from .calls import Args, Function, constructor, is_nnx_class
 
@@ -117,10 +118,8 @@ class Construction(Struct, frozen=True):
 
     def by_hand(self, name: str) -> str:
         """The same in plain Flax: `net = Net(8, 3, rngs=nnx.Rngs(params=params_key, dropout=dropout_key))`."""
-        inside = self.text.rstrip().removesuffix(")").rstrip().rstrip(",")
-        comma = "" if inside.endswith("(") else ", "
         keys = ", ".join(f"{stream}={stream}_key" for stream in SPLIT)
-        return f"{name} = {inside}{comma}rngs=nnx.Rngs({keys}))"
+        return f"{name} = {with_arguments(self.text, [f'rngs=nnx.Rngs({keys})'])}"
 
 
 class BuiltBySession(Struct, frozen=True):

@@ -115,8 +115,38 @@ def _visited(value: T, train: bool | None, fixed: frozenset[str], kind: type) ->
 
     With `train` None nothing is set, and the text has the present values.
     """
-    setter = _Setter(train, fixed, kind)
-    return setter.visit(value, ""), tuple(setter.settings)
+    settings: list[str] = []
+    copies: dict[int, PyTree] = {}
+
+    def visit(value: object, path: str) -> PyTree:
+        if id(value) not in copies:  # one object becomes one copy everywhere
+            copies[id(value)] = changed(value, path)
+        return copies[id(value)]
+
+    def changed(value: object, path: str) -> object:
+        if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
+            items = {step: visit(item, path + step) for step, item in _parts(value)}
+            if all(items[step] is item for step, item in _parts(value)):
+                return value
+            if not isinstance(value, Mapping):
+                return type(value)(items.values())
+            whole = {key: items.get(f"[{key!r}]", item) for key, item in value.items()}
+            return whole if type(value) is dict else type(value)(whole)  # type: ignore[call-arg]
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return value
+        changes: dict[str, object] = {}
+        for step, old in _parts(value):
+            name, where, new = step[1:], f"{path}{step}".removeprefix("."), old
+            if name not in WHEN_TRAINING:
+                new = visit(old, where)
+            elif isinstance(old, kind) and (path or name not in fixed):
+                new = old if train is None else value_of(name, train)
+                settings.append(f"{where}={new}")
+            if new is not old:
+                changes[name] = new
+        return _replaced(value, changes) if changes else value
+
+    return visit(value, ""), tuple(settings)
 
 
 def setting_of(text: str) -> tuple[str, bool]:
@@ -133,41 +163,33 @@ def cloned(name: str, module: object, settings: Iterable[tuple[str, object]]) ->
       module: the module, with its switches set or not.
       settings: (path of a field as `set_fields` writes it, value): `("layers[2].deterministic", False)`.
     """
-    return _FieldWriter(dict(settings), module).of(module, "", name)
+    given, visits, shared = dict(settings), Counter[int](), dict[int, str]()
 
-
-class _FieldWriter:
-    """Writes the expression for `cloned`. It visits in the order of `_Setter`, so that both have the same paths."""
-
-    def __init__(self, settings: Mapping[str, object], module: object) -> None:
-        self.settings = settings
-        self.visits: Counter[int] = Counter()
-        self._count(module)
-        self.shared: dict[int, str] = {}
-
-    def _count(self, value: object) -> None:
-        """Counts how often each part of the module is reached, to find shared ones."""
-        self.visits[id(value)] += 1
-        if self.visits[id(value)] == 1:
+    def count(value: object) -> None:
+        visits[id(value)] += 1
+        if visits[id(value)] == 1:
             for _, inner in _parts(value):
-                self._count(inner)
+                count(inner)
 
-    def of(self, value: object, path: str, name: str) -> str:
-        """The expression for `value` with its switches set; `name`, the expression for it as it is, if none is set."""
-        if id(value) in self.shared:
-            return self.shared[id(value)] or name
+    # In the order of `_visited`, so that both have the same paths.
+    def expression(value: object, path: str, name: str) -> str:
+        if id(value) in shared:
+            return shared[id(value)] or name
         changed = {}
         for step, inner in _parts(value):
             where = f"{path}{step}".removeprefix(".")
-            text = str(self.settings[where]) if where in self.settings else self.of(inner, where, name + step)
+            text = str(given[where]) if where in given else expression(inner, where, name + step)
             if text != name + step:
                 changed[step] = text
         text = _expression(value, name, changed) if changed else name
-        if self.visits[id(value)] == 1:
+        if visits[id(value)] == 1:
             return text
         # A module in two fields is one module with one set of variables: a walrus makes its clone only once.
-        self.shared[id(value)] = f"shared_{sum(map(bool, self.shared.values())) + 1}" if changed else ""
-        return f"({self.shared[id(value)]} := {text})" if changed else name
+        shared[id(value)] = f"shared_{sum(map(bool, shared.values())) + 1}" if changed else ""
+        return f"({shared[id(value)]} := {text})" if changed else name
+
+    count(module)
+    return expression(module, "", name)
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
@@ -201,50 +223,6 @@ def _expression(value: object, name: str, changed: Mapping[str, str]) -> str:
 
 def _is_linen(value: object) -> bool:
     return hasattr(value, "clone") and hasattr(value, "scope")  # told by attributes: linen may not be imported
-
-
-class _Setter:
-    """Walks nested dataclasses and sets switches on copies. Sharing is kept: one object becomes one copy everywhere."""
-
-    def __init__(self, train: bool | None, fixed: frozenset[str], kind: type) -> None:
-        self.train = train
-        self.fixed = fixed
-        self.kind = kind
-        self.settings: list[str] = []
-        self.memo: dict[int, PyTree] = {}
-
-    def visit(self, value: object, path: str) -> PyTree:
-        if id(value) not in self.memo:
-            self.memo[id(value)] = self._visit(value, path)
-        return self.memo[id(value)]
-
-    def _visit(self, value: object, path: str) -> object:
-        """`visit` for a value that was not met before: a copy if a switch inside was set, else the value itself."""
-        if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
-            items = {step: self.visit(item, path + step) for step, item in _parts(value)}
-            if all(items[step] is item for step, item in _parts(value)):
-                return value
-            if not isinstance(value, Mapping):
-                return type(value)(items.values())
-            whole = {key: items.get(f"[{key!r}]", item) for key, item in value.items()}
-            return whole if type(value) is dict else type(value)(whole)  # type: ignore[call-arg]
-        if not dataclasses.is_dataclass(value) or isinstance(value, type):
-            return value
-        changes: dict[str, object] = {}
-        for step, old in _parts(value):
-            name, where = step[1:], f"{path}{step}".removeprefix(".")
-            new = self._switch(name, old, where, top=not path) if name in WHEN_TRAINING else self.visit(old, where)
-            if new is not old:
-                changes[name] = new
-        return _replaced(value, changes) if changes else value
-
-    def _switch(self, name: str, old: object, where: str, *, top: bool) -> object:
-        """The new value of the switch at `where`, which is also added to `settings`; the old one if it is not set."""
-        if (top and name in self.fixed) or not isinstance(old, self.kind):
-            return old
-        new = old if self.train is None else value_of(name, self.train)
-        self.settings.append(f"{where}={new}")
-        return new
 
 
 def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:

@@ -74,7 +74,8 @@ def _edited(error: Exception, parameter: str) -> str | None:
     module, or else one that the method is to take.
     """
     from ..code.library import is_module, library_file
-    from ..line.expression import start_of
+    from ..line.expression import start_of, with_arguments
+    from ..models.calls import CallText
     from ..models.switch import WHEN_TRAINING, following
 
     trace, step = error.__traceback__, None
@@ -87,20 +88,15 @@ def _edited(error: Exception, parameter: str) -> str | None:
     frame, code = step.tb_frame, step.tb_frame.f_code
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     module = frame.f_locals.get(names[0]) if names else None
-    first, last, begin, end = list(code.co_positions())[step.tb_lasti // 2]
-    if not is_module(module) or first is None or first != last or begin is None or end is None:
-        return None
-    line = linecache.getline(code.co_filename, first).encode()
-    call = line[begin:end].decode()
-    if not call.endswith(")") or not isinstance(_expression(call), ast.Call):
+    call = CallText.at(code, step.tb_lasti)
+    line = "" if call is None else linecache.getline(code.co_filename, call.line).strip()
+    if call is None or call.text not in line or not is_module(module):  # it goes on over several lines
         return None
     fields = (f"self.{name}" for name in WHEN_TRAINING if isinstance(getattr(module, name, None), bool))
     switch = next((name for name in names if name in WHEN_TRAINING), next(fields, ""))
-    inside = call[:-1].rstrip().rstrip(",")
     *head, keyword = following(parameter, switch, code.co_name).splitlines()
-    switched = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
     head = [_with_switch(getattr(type(module), code.co_name, None), code.co_name) or text for text in head]
-    edited = f"{line[:begin].decode()}{switched}{line[end:].decode()}".strip()
+    edited = line.replace(call.text, with_arguments(call.text, [keyword]), 1)
     if head and edited.startswith("def "):  # the method stands on one line
         body = ast.parse(edited).body[0].body[0]  # type: ignore[attr-defined]
         return f"{head[0]} {edited[start_of(edited, body) :]}"
@@ -120,13 +116,6 @@ def _with_switch(method: Any, name: str) -> str | None:
     default = False if parameters[-1].default is not inspect.Parameter.empty else inspect.Parameter.empty
     parameters.append(inspect.Parameter("train", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
     return f"def {name}{signature.replace(parameters=parameters, return_annotation=signature.empty)}:"
-
-
-def _expression(text: str) -> ast.expr | None:
-    try:
-        return ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return None
 
 
 def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple[str, ...]:

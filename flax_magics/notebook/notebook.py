@@ -143,6 +143,8 @@ class CommandInProgress(BriefCommand):
             self.live.progress = partial(self._notebook.reporter.progress, run)
 
     def _show_finished_steps(self) -> int:
+        from msgspec.structs import replace
+
         curve = self._session.last_curve
         if curve is None or curve is self._curve_before:
             return super()._show_finished_steps()
@@ -151,7 +153,8 @@ class CommandInProgress(BriefCommand):
         where = "flax_magics.session().runs[-1]" if self._out is None else self._out
         if self._out is not None:
             self._notebook.shell.user_ns[self._out] = run
-        notes = (_with(note, f" · `{where}` is its Run") if note.kind == "stopped" else note for note in run.notes)
+        said = {"stopped": f" · `{where}` is its Run"}
+        notes = (replace(note, text=note.text + said.get(note.kind, "")) for note in run.notes)
         self._notebook.reporter.report(run.with_notes(tuple(notes)), self.live, quiet=self._quiet)
         return run.steps
 
@@ -311,13 +314,6 @@ class Notebook:
             from ..snapshot.save import autosave_failed
 
             self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
-
-
-def _with(note: Note, more: str) -> Note:
-    """A note with more text."""
-    from msgspec.structs import replace
-
-    return replace(note, text=note.text + more)
 
 
 def _cell_id(info: object, shell: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +114,6 @@ class Reporter:
         """Has the next run looked at anew, whose report a setting may now make another."""
         self._counted = None
 
-    def _unsaid(self, notes: Iterable[Note]) -> tuple[Note, ...]:
-        return tuple(note for note in notes if (note.kind, note.text) not in self._said)
-
     def put_off(self, outcome: Outcome) -> None:
         """`_read_later` of a run of a line that ran before. A small output, looked through already, is copied for that."""
         if self._later_runs < LATER_RUNS and self._later_bytes < LATER_BYTES:
@@ -209,7 +206,7 @@ class Reporter:
         silent |= {"rebound"} if run.model in self._rebound else set()
         notes = tuple(note for note in run.notes if note.kind not in silent)
         self._rebound |= {run.model} if any(note.kind == "rebound" for note in notes) else set()
-        unsaid = self._unsaid(notes)
+        unsaid = tuple(note for note in notes if (note.kind, note.text) not in self._said)
         self._said.update((note.kind, note.text) for note in notes)
         setting, told = ("off", unsaid) if quiet else (settings.report, notes)
         shown = run if told == run.notes else run.with_notes(told)

@@ -345,7 +345,9 @@ def picture(curve: Curve) -> dict[str, object] | None:
     drawn: dict[str, object] = {"steps": "", "smooth": "", "looks": []}
     broken: set[float] = set()
     for one in losses:
-        broken |= {round(at, 1) for at in along.place(_some(one.broken)).tolist()}
+        # At most `BUCKETS` of them, evenly spaced.
+        some = one.broken[:: max(1, math.ceil(len(one.broken) / BUCKETS))]
+        broken |= {round(at, 1) for at in along.place(some).tolist()}
         steps, values = one.finite
         at = _extremes(values)
         x, y = along.place(steps[at]), upward.place(_scaled(values[at], logarithmic=logarithmic))
@@ -377,11 +379,6 @@ def _extremes(values: HostArray) -> HostArray:
     parts = _parts(len(values), BUCKETS)
     chosen = {begin + int(pick(values[begin:end])) for begin, end in parts for pick in (np.argmin, np.argmax)}
     return np.array(sorted(chosen | {0, len(values) - 1}))
-
-
-def _some(steps: HostArray) -> HostArray:
-    """At most `BUCKETS` of the steps, evenly spaced."""
-    return steps[:: max(1, math.ceil(len(steps) / BUCKETS))]
 
 
 def _path(points: Iterable[tuple[float, float]]) -> str:

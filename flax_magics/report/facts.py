@@ -346,16 +346,12 @@ def jit_of(run: Run) -> str:
     """Where the program came from, how long that took, and why it was new."""
     origin = program_of(run)
     if run.program == "disk cache":
-        origin = from_disk(run)
+        # A trace tells which it is, and most of the time goes there.
+        traced = seconds(run.timing.trace + run.timing.lower)
+        origin = f"traced in {traced}, from the disk cache in {seconds(run.timing.compile)}"
     elif run.program == "eager":
         origin = "eager, op by op: no program, and JAX compiles each op at its first use"
     return origin + (f": {clean(run.reason)}" if run.reason else "")
-
-
-def from_disk(run: Run) -> str:
-    """What a program that was on disk took: a trace tells which it is, and most of the time goes there."""
-    traced, read = seconds(run.timing.trace + run.timing.lower), seconds(run.timing.compile)
-    return f"traced in {traced}, from the disk cache in {read}"
 
 
 def run_of(run: Run) -> str:
