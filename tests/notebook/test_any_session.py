@@ -678,7 +678,7 @@ def test_whatever_is_done_in_whatever_order(notebook, tmp_path, request, case):
 
     def ended(session: AnySession) -> None:
         taken.append(session.steps)
-        if len(taken) > 2 and (sessions + 2 - len(taken)) % 3 == 0:
+        if len(taken) % 3 == 0:  # each takes as long as a hundred steps
             exported(session)
 
     @seed(CASES * int(request.config.getoption("hypothesis_seed") or 0) + case)
@@ -699,4 +699,4 @@ def test_whatever_is_done_in_whatever_order(notebook, tmp_path, request, case):
         )
     finally:
         signal.signal(signal.SIGINT, before)
-    assert sum(taken[2:]) >= sessions * steps
+    assert sum(taken) >= sessions * steps
