@@ -255,7 +255,10 @@ def _load(command: CommandLines) -> list[str]:
             context.saved[index] = f"{tensors}[{writer.text(f'{name} trained with')}]"
     lines.append(writer.start(load.seed))
     if load.draws:
-        lines += [f"# The session in the file had made {draws(load.draws)}.", *writer.advance(load.draws)]
+        goes_on = context.groups.goes_on(load)
+        more = "; the next run takes the other keys of the last" if goes_on else ""
+        lines.append(f"# The session in the file had made {draws(load.draws)}{more}.")
+        lines += writer.advance(load.draws - goes_on) if load.draws > goes_on else []
     return lines
 
 

@@ -104,6 +104,11 @@ class RunGroups:
         after = [self.made_by.get(self.follower.get(index, -1)) for index in self.of_site(site)]
         return bool(after) and all(other is not None and not self.shares_in_place(other) for other in after)
 
+    def goes_on(self, load: Load) -> bool:
+        """Whether a run takes keys from the draw that an init had opened in the session of a file."""
+        runs = (self.runs[init] for init in self.follower if init not in self.made_by)
+        return any((run.seed, run.draw) == (load.seed, load.draws) for run in runs)
+
     def folded_later(self, site: CommandSite) -> tuple[tuple[str, ...], bool]:
         """Streams that the apply after an init takes from the same draw, and whether its own `params` is folded in."""
         after = [self.follower.get(index, -1) for index in self.of_site(site)]

@@ -233,7 +233,7 @@ class Script:
         if site is not None and site.name == "flax_load":
             context.load = next(self._loads, None)
             if context.load is not None:
-                self.root.at = context.load.seed, context.load.draws
+                self.root.at = context.load.seed, context.load.draws - context.groups.goes_on(context.load)
         self._skip([index for index, site in executed.runs if site is None])
         # Before the statement's own lines, since its commands rely on the root key and on defined functions.
         self._prepare(executed)

@@ -358,6 +358,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
       taken: the draw's `params` key had gone into variables before.
       structure: treedef of the variables that it began with; None where it initialised them.
       pinned, placement: as in `ApplyRecipe`.
+      built: how the session builds the module that the training built anew; None for others.
     """
 
     entry: ModelEntry
@@ -369,6 +370,7 @@ class TrainRecipe(Struct, frozen=True, eq=False):
     structure: jax.tree_util.PyTreeDef | None
     pinned: tuple[Leaf, ...] = ()
     placement: Placement | None = None
+    built: BuiltBySession | None = None
 
 
 class Origin(Struct, eq=False):

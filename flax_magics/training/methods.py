@@ -364,13 +364,14 @@ def beginning_of(
 ) -> Beginning | None:
     """The beginning of a new training; None where it would hold more than `limit` bytes, or cannot be begun again.
 
+    Of a module that the training builds anew it has the variables from before: it is built again in the same draw.
+
     Args:
       call: its arguments are those after the net.
     """
     data = call.args[0] if call.args else None
-    # An iterator is gone through once; a module that is built anew has its first variables only then.
-    anew = entry.rebuild_next and entry.built is not None
-    if anew or (hasattr(data, "__next__") and not hasattr(data, "__len__")):
+    # An iterator is gone through once.
+    if hasattr(data, "__next__") and not hasattr(data, "__len__"):
         return None
     held, opened = entry.held, state.opened
     taken = opened is not None and opened[0] == entry.name and entry.ready
@@ -383,7 +384,9 @@ def beginning_of(
     options = replace(options, optimizer=options.optimizer or entry.optimizer, eval=None)
     bare_entry = entry.without_variables()
     placement = in_force(state.placement)
-    recipe = TrainRecipe(bare_entry, loss.function, loss.name, options, call.text, taken, structure, pinned, placement)
+    built = entry.built if entry.rebuild_next else None
+    function, name, text = loss.function, loss.name, call.text
+    recipe = TrainRecipe(bare_entry, function, name, options, text, taken, structure, pinned, placement, built)
     return Beginning(Origin(recipe, list(map(owned_copy, leaves))), size, (treedef, list(map(owned_copy, inputs))))
 
 
@@ -483,4 +486,5 @@ def _without_keys(services: Services) -> Services:
 def _entry_of(recipe: TrainRecipe, origin: Origin) -> ModelEntry:
     """The net as it was when the training began."""
     variables = None if recipe.structure is None else jax.tree_util.tree_unflatten(recipe.structure, origin.leaves)
-    return recipe.entry.with_arrays(variables)
+    entry = recipe.entry.with_arrays(variables)
+    return entry if recipe.built is None else replace(entry, built=recipe.built, rebuild_next=True)

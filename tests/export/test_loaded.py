@@ -26,11 +26,13 @@ def saved(notebook, tmp_path, monkeypatch):
     """Saves a session with a model made of a cell, and runs of it, to `s.safetensors`."""
     monkeypatch.chdir(tmp_path)
 
-    def save(cell: str, name: str, *, runs: int) -> None:
+    def save(cell: str, name: str, *, runs: int, opens: bool = False) -> None:
         names = dict(notebook.shell.user_ns)
         exec(cell.removeprefix("%%flaxmodel\n"), names)
         session = flax_magics.Session()
         session.register(name, names[name])
+        if opens:
+            session.init(name, notebook["x"])
         for _ in range(runs):
             session.apply(name, notebook["x"], mode="train")
         session.save("s.safetensors")
@@ -58,6 +60,20 @@ def test_a_linen_models_variables_are_read_from_the_file(notebook, saved, tmp_pa
     ) in script.replace("'", '"')
     assert "Left out" not in script
     assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs[2:]]
+
+
+@pytest.mark.parametrize("command", ["y = %flax_apply --train normed(x)", "gradients = %flax_grad loss(normed, x)"])
+def test_a_draw_that_an_init_opened_in_the_file_goes_on(notebook, saved, tmp_path, command):
+    saved(NORMED, "normed", runs=0, opens=True)
+    notebook("%flax_load s.safetensors")
+    notebook(NORMED)
+    notebook("def loss(net, x, train):\n  return net(x, train=train).mean()")
+    notebook(command)
+    notebook("z = %flax_apply --train normed(x)")
+    script, runs = exported(notebook), notebook.session.runs[1:]
+    assert [run.draw for run in runs] == [1, 2]
+    assert "# The session in the file had made a draw; the next run takes the other keys of the last.\n" in script
+    assert digests_of(printed(script, tmp_path)) == [run.digest for run in runs]
 
 
 def test_a_file_that_is_another_now_is_not_read(notebook, saved, tmp_path):

@@ -16,6 +16,7 @@ from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.history.replay import notice_of
+from flax_magics.models.construction import Construction
 from flax_magics.report.facts import key_facts
 
 RANDOM = np.random.RandomState(0)
@@ -108,6 +109,24 @@ def test_the_beginning_of_a_training_is_kept_of_a_module_that_no_fresh_start_bui
     session.restart(3, fresh=True)
     session.train(function, "net", DATA, optimizer=SGD, batch=8, steps=2)
     assert session.replay(1).agreement.identical is True
+
+
+def test_a_module_that_a_training_builds_anew_is_built_anew_for_its_replay():
+    session = Session(seed=0)
+    session.register_all({"net": Construction(Own, (4,), {}, "Own(4)")})
+    session.apply("net", DATA["x"])
+    session.restart(3, fresh=True)
+    run = session.train(of_module, "net", DATA, optimizer=SGD, batch=8, steps=2)
+    after = bits(nnx.state(session.module("net")))
+    assert session.replay(1).agreement.identical
+    step = session.replay(1, step=1)
+    assert bits(np.float32(step.output.loss)) == bits(run.losses[1])
+    session.train(of_module, "net", DATA, optimizer=SGD, batch=8, steps=3, resume=True)
+    again = session.replay(1)
+    assert (again.steps, again.agreement.identical) == (3, True)
+    session.restart(3, fresh=True)
+    session.train(of_module, "net", DATA, optimizer=SGD, batch=8, steps=2)
+    assert bits(nnx.state(session.module("net"))) == after
 
 
 def test_one_that_went_on_with_another_loss_or_optimizer_is_not_repeated():
