@@ -75,7 +75,10 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._opened and self._handler is not None:
+            # What it raises may be dropped, as in a callback of the garbage collector: then the next check raises it.
+            self.signal = number, frame
             self._handler(number, frame)
+            self.signal = None
         elif self.signal is None:
             self.signal = number, frame
 

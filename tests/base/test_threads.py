@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import SimpleNamespace
@@ -79,6 +80,33 @@ def test_in_an_opened_block_an_interrupt_is_raised_at_once(before):
     with pytest.raises(KeyboardInterrupt):
         block()
     assert done == ([] if before else ["opened"])
+
+
+def test_one_that_was_dropped_where_it_was_raised_is_raised_by_the_next_check():
+    def block() -> None:
+        with Interrupts() as interrupts:
+            with (
+                interrupts.opened(),
+                contextlib.suppress(KeyboardInterrupt),
+            ):  # as in a callback of the garbage collector
+                signal.raise_signal(signal.SIGINT)
+            interrupts.check()
+            raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+
+
+def test_a_handler_that_raises_nothing_is_called_once_for_each():
+    called, before = [], signal.signal(signal.SIGINT, lambda *_: called.append(True))
+    try:
+        with Interrupts() as interrupts:
+            with interrupts.opened():
+                signal.raise_signal(signal.SIGINT)
+            interrupts.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert called == [True]
 
 
 @pytest.mark.parametrize("error", [None, ValueError("of its own")])

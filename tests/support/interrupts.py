@@ -20,7 +20,7 @@ def press(frame: FrameType) -> None:
 
 
 def interrupted_after(
-    lines: int, interrupt: Callable[[FrameType], object] = press, *, once: bool = False
+    lines: int, interrupt: Callable[[FrameType], object] = press, *, once: bool = False, of: str = ""
 ) -> contextlib.AbstractContextManager[None]:
     """A block in which `interrupt` is called once so many lines of ours have run, with the frame of the next one.
 
@@ -28,6 +28,7 @@ def interrupted_after(
 
     Args:
       once: a line that runs again is not counted: loops over all modules or frames are longer here than there.
+      of: the end of a file's name: no other line is counted.
     """
     executed = 0
     known: set[tuple[CodeType, int]] = set()
@@ -35,7 +36,7 @@ def interrupted_after(
     def is_due(frame: FrameType) -> bool:
         nonlocal executed
         place = frame.f_code, frame.f_lineno
-        if not (once and place in known):
+        if frame.f_code.co_filename.endswith(of) and not (once and place in known):
             executed += 1
             known.add(place)
         return executed > lines
@@ -74,18 +75,18 @@ def interrupted_when(
 
 
 @contextlib.contextmanager
-def training_interrupted(session: Any, lines: int, *, once: bool = False) -> Iterator[None]:
+def training_interrupted(session: Any, lines: int, **counted: Any) -> Iterator[None]:
     """A block in which Ctrl-C is pressed once so many lines of ours have run in the loop of a training.
 
     Args:
-      once: see `interrupted_after`.
+      counted: `once` and `of`, see `interrupted_after`.
     """
     stack = contextlib.ExitStack()
 
     def on_phase(phase: str) -> None:
         if phase.startswith("training"):
             session.services.on_phase = lambda phase: None
-            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT), once=once))
+            stack.enter_context(interrupted_after(lines, lambda frame: signal.raise_signal(signal.SIGINT), **counted))
 
     session.services.on_phase = on_phase
     try:

@@ -64,12 +64,13 @@ def masked(x: Any) -> Any:
     return jnp.log(nn.softmax(hidden(x)))  # planted
 
 
-@jax.custom_jvp
-def half_with_a_rule(x: Any) -> Any:
-    return half(x).astype(jnp.float32)
+def with_a_rule(function: Any, rule: Any = lambda tangent, output, x: tangent) -> Any:
+    """The function with a derivative of its own."""
+    ruled = jax.custom_jvp(lambda x: function(x).astype(jnp.float32))
+    ruled.defjvps(rule)
+    return ruled
 
 
-half_with_a_rule.defjvps(lambda tangent, output, x: tangent)
 KINDS = {
     "logarithm": logarithm,
     "root": root,
@@ -77,7 +78,11 @@ KINDS = {
     "slow": slow,
     "overflow": lambda x: overflow(x).astype(jnp.float32),
     "half": lambda x: half(x).astype(jnp.float32),
-    "half with a rule": half_with_a_rule,
+    "half with a rule": with_a_rule(half),
+    "overflow with a rule": with_a_rule(overflow),
+    "masked with a rule": with_a_rule(masked),
+    "root with a rule": with_a_rule(root, lambda tangent, output, x: tangent * (0.5 / output)),
+    "mask with a rule": with_a_rule(lambda x: nn.softmax(hidden(x))),
     "harmless": lambda x: x,
 }
 
@@ -164,6 +169,9 @@ CHOSEN = {
         CALLED,
     ),
     "half with a rule": ("mul(…, 6e+04) gives inf in the model itself at step 1", CALLED),
+    "overflow with a rule": ("mul(…, 9.969e+37) gives inf in the model itself at step 1", CALLED),
+    "masked with a rule": ("log(0) gives -inf in the model itself at step 1", CALLED),
+    "root with a rule": ("div(0.5, 0) gives inf in the model itself at step 0", CALLED),
 }
 
 
@@ -180,9 +188,18 @@ def test_in_a_branch_of_a_loop_it_is_named_and_a_mask_that_is_harmless_is_not(ch
     what, line = planted(re.sub(r"mul\([0-9.e+]+, ", "mul(…, ", note.text.replace("log(-0)", "log(0)")))
     assert (what.partition(": ")[2], line) == (f"{CHOSEN[kind][0]} of the loop", CHOSEN[kind][1])
     harmless = batch_of("harmless")
-    assert session.grad(loss, "net", harmless).notes == ()
+    for kind in ("harmless", "mask with a rule"):
+        assert session.grad(loss, "net", batch_of(kind)).notes == ()
     (note,) = session.grad(loss, "net", {**harmless, "x": X.at[1, 2].set(jnp.nan)}).notes
     assert note.text == "the loss is NaN: `x['x']` holds NaN in row 1"
+
+
+@pytest.mark.parametrize("kind", ["slow", "half with a rule", "overflow with a rule", "masked with a rule"])
+def test_where_no_loop_is_around_a_rule_of_its_own_the_line_in_it_is_named(kind):
+    (text,) = said(Net(KINDS[kind]))
+    line = "return jnp.log(x * 0)  # planted" if kind == "slow" else CHOSEN[kind.partition(" ")[0]][1]
+    assert planted(text)[1] == line
+    assert said(Net(KINDS["mask with a rule"])) == []
 
 
 def test_losses_that_grew_until_they_were_not_finite_are_told():
@@ -200,6 +217,20 @@ def test_losses_that_grew_until_they_were_not_finite_are_told():
     assert error.value.write == "%flax_vars net = flax_magics.session().models['net'].previous"
     assert bits(session.models["net"].previous) == bits(before)
     assert bits(session.models["net"].variables) != bits(before)
+
+
+def test_those_that_it_made_itself_come_back_too():
+    session, same = session_of(nn.Dense(3)), session_of(nn.Dense(3))
+    with pytest.raises(FlaxMagicsError, match="not finite"):
+        session.train(loss, "net", X, optimizer=optax.sgd(1e3), steps=100)
+    same.grad(loss, "net", X)
+    assert bits(session.models["net"].previous) == bits(same.models["net"].variables)
+    session.models["net"].variables = session.models["net"].previous
+    run = session.train(loss, "net", X, optimizer=optax.sgd(1e-3), steps=2)
+    assert (session.models["net"].weights, bits(run.losses[:1])) == (
+        "trained, 2 steps",
+        bits(session.runs[0].losses[:1]),
+    )
 
 
 def test_those_from_before_it_are_kept_until_others_are_replaced():
