@@ -272,7 +272,7 @@ MOMENTS = int(os.environ.get("FLAX_MAGICS_KILLS", "3"))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_killed_again_and_again_it_ends_with_the_bits_of_one_that_was_not(path, api):
-    rng, steps, begins = random.Random(0), 3000, []
+    rng, steps, begins = random.Random(0), 1500, []
     with Nursery(TRAINED) as nursery:
 
         def started(file):

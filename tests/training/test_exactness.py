@@ -23,7 +23,9 @@ def left_by(session: Any) -> tuple[Any, ...]:
     return (*map(bits, trees), run.eval)
 
 
-@pytest.mark.parametrize("kinds", [(), KINDS], ids=["dense", "of every kind"])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param((), id="dense"), pytest.param(KINDS, id="of every kind", marks=pytest.mark.alike)]
+)
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_what_is_interrupted_at_twenty_moments_ends_as_what_is_not(api, kinds):
     options = {"optimizer": ADAMW, "batch": 8, "epochs": 60, "eval": DATA}
