@@ -121,6 +121,18 @@ def test_a_loss_that_leaves_what_the_net_gives_calls_it_all_the_same(notebook):
     assert notes == [f"{layer} has no gradient: the loss does not depend on it" for layer in ("BatchNorm_0", "Dense_0")]
 
 
+def test_an_error_of_the_loss_shows_its_line(notebook):
+    notebook(PLAIN)
+    notebook(DATA)
+    notebook(LOSS.format("net, batch", "y = net(batch['x'])\n  return y.total.mean()"))
+    for line in ("%flax_grad", "%flax_train --optimizer optax.sgd(0.1) --steps 2"):
+        said = notebook.fails(f"{line} loss(net, batch)")
+        assert [row.split() for row in said.splitlines() if row.startswith("-") and "> " in row] == [
+            ["---->", "3", "return", "y.total.mean()"]
+        ]
+        assert "in loss(net, batch)" in said
+
+
 def test_an_nnx_module_whose_mode_the_loss_sets(notebook):
     notebook(
         "%%flaxmodel net = Net()\nfrom flax import nnx\nclass Net(nnx.Module):\n  def __init__(self, rngs):\n"
