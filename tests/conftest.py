@@ -23,6 +23,8 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 # `--hypothesis-profile few` is for a lane whose examples another lane tries in full.
 settings.register_profile("few", max_examples=5)
+# `--hypothesis-profile many` looks for more, by hand: a failure of it is news, and ends no other's run.
+settings.register_profile("many", max_examples=1000, deadline=None)
 
 OPTIMISED_LITTLE = "jax_disable_most_optimizations"
 
@@ -35,17 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`, a worker takes whole files: their tests share what was compiled. Those with kernels are as one file.
-
-    The cases of the file that takes longest are each for itself, and come last, for whichever worker is free.
-    """
+    """With `-n`, a worker takes whole files: their tests share what was compiled. Those with kernels are as one file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith("tests/kernels/"):
-                return "kernels"
-            return nodeid if "/test_any_session.py" in nodeid else nodeid.partition("::")[0]
+            return "kernels" if nodeid.startswith("tests/kernels/") else nodeid.partition("::")[0]
 
     return Files(config, log)
 
