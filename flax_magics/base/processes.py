@@ -96,8 +96,8 @@ class Store:
 
     def under(self, place: object) -> dict[str, str]:
         """Name → value, of the keys `place/name`."""
-        found = self._client.key_value_dir_get(f"{_KEYS}/{place}")
-        return {key.rpartition("/")[2]: text for key, text in found}
+        pairs = self._client.key_value_dir_get(f"{_KEYS}/{place}")
+        return {key.rpartition("/")[2]: text for key, text in pairs}
 
     def forget(self, place: object) -> None:
         """Deletes the keys `place/name`."""

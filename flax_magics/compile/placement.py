@@ -411,6 +411,13 @@ def _names_of(box: Any) -> Names | None:
     return None if names is None else tuple(names)
 
 
+def auto_mesh(name: str, mesh: Any) -> str:
+    """The line that makes the mesh of that name with Auto axes, in the place of a mesh with Explicit ones."""
+    sizes, axes = tuple(mesh.shape.values()), tuple(mesh.axis_names)
+    kinds = "(AxisType.Auto,)" + f" * {len(axes)}" * (len(axes) > 1)
+    return f"{name} = jax.make_mesh({sizes}, {axes}, axis_types={kinds})"
+
+
 def names_in_tree(tree: PyTree) -> set[str]:
     """The axes that linen's boxes in a tree name."""
     boxes = filter(_is_box, jax.tree_util.tree_leaves(tree, is_leaf=_is_box))

@@ -27,6 +27,7 @@ from ..base.private import accelerators
 from ..base.text import bytes_, plural
 from ..base.threads import forked_workers
 from ..code.library import is_module, is_module_class, library_module, loads_of, nnx_modules
+from ..compile.placement import auto_mesh
 from .findings import Check, Examined, Finding
 
 PLUGINS = {
@@ -382,12 +383,10 @@ def explicit_mesh(examined: Examined) -> Finding | None:
         return None
     name = next((name for name, _ in explicit if name), "mesh")
     mesh = explicit[-1][1]
-    sizes, axes = tuple(mesh.shape.values()), tuple(mesh.axis_names)
-    kinds = "(AxisType.Auto,)" + f" * {len(axes)}" * (len(axes) > 1)
     lines = [
         "import jax",
         "from jax.sharding import AxisType",
-        f"{name} = jax.make_mesh({sizes}, {axes}, axis_types={kinds})",
+        auto_mesh(name, mesh),
         *([f"jax.set_mesh({name})"] if not around.empty else []),
     ]
     what = (

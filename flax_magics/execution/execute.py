@@ -22,7 +22,7 @@ from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.compiler import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..compile.initialise import made_of, merged
-from ..compile.placement import Placement, Shardings, agree
+from ..compile.placement import Placement, Shardings, agree, auto_mesh
 from ..compile.trace import TraceRequest
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
@@ -372,12 +372,10 @@ def _of_explicit_axes(error: BaseException, call: Call) -> FlaxMagicsError | Non
     typed = any(f"@{name}" in str(error) for name in mesh.axis_names)
     if not typed and type(error).__name__ != "ShardingTypeError":
         return None
-    sizes, names = tuple(mesh.shape.values()), tuple(mesh.axis_names)
-    kinds = "(AxisType.Auto,)" + f" * {len(names)}" * (len(names) > 1)
     lines = [
         "import jax",
         "from jax.sharding import AxisType, NamedSharding, PartitionSpec as P",
-        f"mesh = jax.make_mesh({sizes}, {names}, axis_types={kinds})",
+        auto_mesh("mesh", mesh),
     ]
     lines += ["jax.set_mesh(mesh)"] * (not around.empty)
     for name, sharding in arguments:

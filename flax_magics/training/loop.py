@@ -357,8 +357,8 @@ class TrainingLoop:
         with interrupts.opened(), self._left_out() if following == self._first else contextlib.nullcontext():
             batch = self._data.take(following, steps)
         if following == self._first and batch is not None:
-            own = None if batch.tree is self._data.tree else batch.tree
-            self._bytes = max(1, sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, own)))))
+            batch_tree = None if batch.tree is self._data.tree else batch.tree
+            self._bytes = max(1, sum(map(bytes_of, jax.tree_util.tree_leaves((self.state, batch_tree)))))
         if batch is None:
             assert self._data.position is not None  # arrays have no end
             self._schedule.end_epoch(following, self._data.position.epoch)

@@ -179,8 +179,8 @@ class Trainer:
         services.on_phase(f"tracing {self.name}")
         with self.timed("trace"):
             # Of what the draw makes again the shapes alone: some versions of JAX keep what is traced.
-            given = shapes_of(variables.values) if self.initialises else variables.values
-            request = wanted_of(self.request, variables.entry, given)
+            traced_with = shapes_of(variables.values) if self.initialises else variables.values
+            request = wanted_of(self.request, variables.entry, traced_with)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
             try:
                 self.traced: TracedCall[None] = trace_call(request)
@@ -285,9 +285,9 @@ class Trainer:
 
     def _forget_first(self) -> None:
         """Puts shapes in the place of the first variables, which the draw makes again: they are the loop's alone."""
-        variables, given = self.variables, self.traced.request.variables
+        variables, asked = self.variables, self.traced.request.variables
         # What no step is given stays as it is.
-        others = {name: tree for name, tree in variables.values.items() if name not in given}
+        others = {name: tree for name, tree in variables.values.items() if name not in asked}
         entry = replace(variables.entry.linen, variables=others)
         self.variables = replace(variables, entry=entry, values=shapes_of(variables.values))
 
